@@ -1,0 +1,77 @@
+"""The one place that renders messages and parts reasoning from answer.
+
+Text in, text out: a model's own chat template (a transformers tokenizer) renders; `<think>…</think>` holds reasoning.
+Unclosed reasoning has no answer: nothing that follows an open `<think>` is ever shown as one.
+"""
+
+import re
+from typing import Any, Literal, NamedTuple
+
+from delib.records import Completion, Message
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+class Parts(NamedTuple):
+    reasoning: str | None
+    answer: str
+    malformed: bool
+
+
+def render(tokenizer: Any, messages: list[Message]) -> str:
+    """The exact text a model is sent: its chat template with the assistant's turn opened.
+
+    `tokenizer`: a transformers tokenizer with a chat template.
+    """
+    rows = [m.model_dump() for m in messages]
+    return str(tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True))
+
+
+def opened(sent: str) -> bool:
+    """Whether the template itself opened the reasoning at the end of the prompt, as some do."""
+    return sent.rstrip().endswith(OPEN)
+
+
+def split(text: str, think_opened: bool = False) -> Parts:
+    """Part a raw completion. `think_opened`: the template wrote `<think>` already.
+
+    Malformed: unclosed, closed without being opened, more than one block, text before the block, or an empty answer
+    after it. Without any tag the whole text is the answer and there is no reasoning, which is not malformed.
+    """
+    body = OPEN + text if think_opened else text
+    opens, closes = body.count(OPEN), body.count(CLOSE)
+    if opens == 0 and closes == 0:
+        return Parts(None, body.strip(), False)
+    match = re.fullmatch(r"\s*<think>(.*?)</think>(.*)", body, re.DOTALL)
+    if opens != 1 or closes != 1 or match is None:
+        inside = body.split(OPEN, 1)[1].split(CLOSE, 1)[0].strip() if opens else None
+        return Parts(inside, "", True)
+    reasoning, answer = match.group(1).strip(), match.group(2).strip()
+    return Parts(reasoning, answer, not answer)
+
+
+def join(reasoning: str, answer: str) -> str:
+    """The text a model is trained to write: the inverse of `split`."""
+    return f"{OPEN}\n{reasoning.strip()}\n{CLOSE}\n\n{answer.strip()}"
+
+
+def completion(
+    text: str, *, sent: str, model: str, cut: bool, usage: dict[str, int] | None = None, seed: int | None = None
+) -> Completion:
+    """A Completion from raw text. `cut`: it ended at max_tokens."""
+    parts = split(text, opened(sent))
+    finish: Literal["stop", "length", "malformed"] = "stop"
+    if parts.malformed:
+        finish = "malformed"
+    elif cut:
+        finish = "length"
+    return Completion(
+        reasoning=parts.reasoning,
+        answer=parts.answer,
+        finish=finish,
+        model=model,
+        seed=seed,
+        usage=usage or {},
+        text=text,
+        sent=sent,
+    )

@@ -1,0 +1,175 @@
+"""The command line: parse, call, print, exit code. 0 done, 1 a stage stopped, 2 a person's mistake, 130 interrupted."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+
+from delib import __version__
+from delib.errors import StageError, UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split(":")[0])
+spec_app = typer.Typer(no_args_is_help=True, help="Work on a written policy.")
+models_app = typer.Typer(no_args_is_help=True, help="Fetch models.")
+app.add_typer(spec_app, name="spec")
+app.add_typer(models_app, name="models")
+
+RunOption = Annotated[Path, typer.Option("--run", help="The run folder.", show_default=False)]
+SetOption = Annotated[list[str], typer.Option("--set", help="Change a recipe key, such as sft.epochs=1.")]
+STAGE_HELP = {
+    "prompts": "Load, check and split the prompts.",
+    "generate": "Let the teacher write reasoning and answers, with the spec in its context.",
+    "filter": "Judge the completions and keep the best.",
+    "distill": "Take the spec out and write the training examples.",
+    "sft": "Train on the examples.",
+    "rl": "Train with the judge as reward; it does not see the reasoning.",
+    "evaluate": "Measure all arms on the held-out prompts.",
+    "report": "Write the report.",
+}
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Align your own model to your own written policy, by deliberative alignment."""
+    if version:
+        typer.echo(f"delib {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe; the quickstart when left out.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The run folder; runs/NAME when left out.")] = None,
+    to: Annotated[str, typer.Option("--to", help="The last stage to run.")] = "report",
+    set_: SetOption = [],  # noqa: B006 - typer reads the default, nothing changes it
+) -> None:
+    """Run a recipe from its prompts to its report; the same command again goes on where it stopped."""
+    from delib import pipeline, recipe as recipes
+
+    if to not in pipeline.STAGES:
+        raise UserError(f"--to {to}: no such stage; one of {', '.join(pipeline.STAGES)}")
+    loaded = recipes.load(recipe or recipes.QUICKSTART, set_)
+    folder = out or Path("runs") / loaded.name
+    pipeline.run_to(pipeline.start_run(loaded, folder), to)
+    if to == "report":
+        typer.echo((folder / "report" / "summary.txt").read_text(encoding="utf-8"), nl=False)
+        typer.echo(f"The report: {folder / 'report' / 'report.html'}")
+
+
+@app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A recipe.")],
+    set_: SetOption = [],  # noqa: B006
+) -> None:
+    """Check a recipe and everything it names, before any compute."""
+    from delib import pipeline, recipe as recipes
+
+    loaded = recipes.load(recipe, set_)
+    problems = pipeline.check(loaded)
+    if problems:
+        raise UserError(problems)
+    typer.echo(f"{recipe}: sound")
+
+
+def _stage(name: str) -> None:
+    @app.command(name, help=STAGE_HELP[name])
+    def command(run: RunOption) -> None:
+        from delib import pipeline
+
+        pipeline.open_run(run).execute(name)
+
+
+for _name in STAGE_HELP:
+    _stage(_name)
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    prompt_id: Annotated[str, typer.Argument(help="A prompt's id.")],
+) -> None:
+    """Print one prompt's life: what was sent, written, judged, kept, trained on and answered."""
+    from delib import life
+
+    typer.echo(life.tell(run, prompt_id))
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, a hub id or smollm2.")],
+    max_tokens: Annotated[int, typer.Option(help="The most tokens of one answer.")] = 256,
+) -> None:
+    """Talk with a model; its reasoning is shown dimmed. An empty line or Ctrl-D ends it."""
+    from delib import talk
+
+    talk.chat(model, max_tokens)
+
+
+@app.command("eval")
+def eval_(
+    model: Annotated[str, typer.Option("--model", help="A checkpoint folder, a hub id or smollm2.")],
+    prompts: Annotated[Path, typer.Option("--prompts", help="JSON lines of prompts.")],
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write figures and rows here.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N prompts.")] = None,
+) -> None:
+    """Measure any model on any prompts, rendered and graded as in the evaluate stage."""
+    from delib import talk
+
+    typer.echo(talk.evaluate_file(model, prompts, json_out, limit), nl=False)
+
+
+@app.command("judge-check")
+def judge_check(
+    data: Annotated[Path, typer.Option("--data", help="JSON lines of labelled answers.")],
+    judge: Annotated[str, typer.Option("--judge", help="The judge; compact.")] = "compact",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Measure a judge against labelled answers."""
+    from delib import talk
+
+    typer.echo(talk.judge_check(judge, data, as_json), nl=False)
+
+
+@spec_app.command("check")
+def spec_check(file: Annotated[Path, typer.Argument(help="A spec in markdown.")]) -> None:
+    """List every structural problem of a spec with its line."""
+    from delib import spec
+
+    problems = spec.check(file)
+    if problems:
+        raise UserError(problems)
+    loaded = spec.load(file)
+    typer.echo(f"{file}: sound; {len(loaded.categories)} categories, {len(loaded.clauses)} clauses")
+
+
+@models_app.command("pull")
+def models_pull(
+    name: Annotated[str, typer.Argument(help="smollm2, or a hub id.")] = "smollm2",
+) -> None:
+    """Fetch a model (and the compact judge's sentence encoder) into the cache, and print its folder."""
+    from delib.judges import encoder
+    from delib.models import weights
+
+    encoder.pull()
+    typer.echo(weights.resolve(name))
+
+
+def main() -> None:
+    """Run the command line with delib's errors and exit codes."""
+    try:
+        app()
+    except UserError as error:
+        for problem in error.problems:
+            typer.echo(f"error: {problem}", err=True)
+        sys.exit(2)
+    except StageError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from here", err=True)
+        sys.exit(130)

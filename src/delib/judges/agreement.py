@@ -1,0 +1,65 @@
+"""The judge is judged: its agreement with labelled answers that no part of it was fitted on."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from delib.errors import UserError
+from delib.judges.compact import DATA, LabelledAnswer
+from delib.records import Message, Observed
+from delib.spec import read_text
+from delib.stats import balanced_accuracy, kappa
+
+LABELS = DATA / "labelled.jsonl"
+"""Real completions to held-out prompts, labelled blind from docs/labelling.md; nothing is fitted on them."""
+
+
+class Observer(Protocol):
+    name: str
+
+    def observe(self, messages: list[Message], answer: str) -> tuple[Observed, dict[str, float]]: ...
+
+
+def load(path: Path) -> list[LabelledAnswer]:
+    """Labelled answers. Raises UserError listing every bad line."""
+    rows: list[LabelledAnswer] = []
+    problems: list[str] = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(LabelledAnswer.model_validate_json(line))
+        except ValidationError as error:
+            for item in error.errors():
+                place = ".".join(str(p) for p in item["loc"])
+                problems.append(f"{path}:{number}: {place + ': ' if place else ''}{item['msg']}")
+    if problems:
+        raise UserError(problems)
+    return rows
+
+
+def measure(judge: Observer, rows: list[LabelledAnswer], step: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Comply against the rest: accuracy, balanced_accuracy and kappa (None where undefined); all labels: confusion."""
+    predicted: list[str] = []
+    for row in rows:
+        predicted.append(judge.observe(row.messages, row.answer)[0])
+        step()
+    labels = [r.label for r in rows]
+    truth, said = [x == "comply" for x in labels], [x == "comply" for x in predicted]
+    chance_corrected = kappa([str(t) for t in truth], [str(s) for s in said])
+    names = sorted({*labels, *predicted})
+    return {
+        "judge": judge.name,
+        "n": len(rows),
+        "n_ungraded": 0,
+        "accuracy": sum(t == s for t, s in zip(truth, said, strict=True)) / len(truth),
+        "balanced_accuracy": balanced_accuracy(truth, said) if len(set(truth)) == 2 else None,
+        "kappa": chance_corrected if chance_corrected == chance_corrected else None,
+        "confusion": {
+            label: {p: sum(x == label and y == p for x, y in zip(labels, predicted, strict=True)) for p in names}
+            for label in sorted(set(labels))
+        },
+        "rows": [{"id": r.id, "label": r.label, "predicted": p} for r, p in zip(rows, predicted, strict=True)],
+    }

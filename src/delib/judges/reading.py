@@ -1,0 +1,105 @@
+"""What can be read off a text by rule, from the spec that is given: what a reasoning concludes on, and broken answers.
+
+Nothing here knows a category or clause by name; names and IDs come from the Spec.
+"""
+
+import re
+from collections import Counter
+from typing import NamedTuple
+
+from delib.records import Behaviour, Completion
+from delib.spec import Spec
+
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+_BEHAVIOURS: dict[Behaviour, re.Pattern[str]] = {
+    "comply": re.compile(r"\bcompl(?:y|ies|ied|ying|iance)\b", re.I),
+    "refuse": re.compile(r"\b(?:refus(?:e|es|ed|al|als|ing)|declin(?:e|es|ed|ing))\b", re.I),
+    "safe_complete": re.compile(r"\bsafe[- _]complet(?:e|es|ed|ing|ion|ions)\b", re.I),
+}
+_GONE = re.compile(
+    r"\b(?:polic(?:y|ies)|spec(?:ification)?|excerpt|guidelines?|rules?|clauses?|text)\s+(?:\w+\s+){0,2}?"
+    r"(?:above|below|here|provided|given|shown|quoted|supplied|attached|in (?:the|my) (?:context|prompt))\b"
+    r"|\b(?:above|provided|quoted|supplied|attached|aforementioned|given)\s+(?:\w+\s+)?"
+    r"(?:polic(?:y|ies)|spec(?:ification)?|excerpt|guidelines?|rules|clauses?)\b"
+    r"|\bthe excerpt\b|\bas (?:stated|written|quoted|shown) above\b",
+    re.I,
+)
+
+
+class Conclusion(NamedTuple):
+    """What a reasoning settles on. `category` is set only when it concludes on exactly one."""
+
+    category: str | None
+    clauses: frozenset[str]
+    unknown_clauses: frozenset[str]
+    behaviour: Behaviour | None
+
+
+def sentences(text: str) -> list[str]:
+    return [s for s in _SENTENCE.split(text.strip()) if s]
+
+
+def _plain(text: str) -> str:
+    return text.lower().replace("behavior", "behaviour").replace("-", " ")
+
+
+def categories_in(sentence: str, spec: Spec) -> set[str]:
+    """The categories a sentence names, by name or by a clause's ID."""
+    flat = _plain(sentence)
+    named = {c.name for c in spec.categories if re.search(rf"\b{re.escape(_plain(c.name))}\b", flat)}
+    owners = {spec.clauses[i].category for i in _ids(sentence, spec)[0]}
+    return named | {o for o in owners if o is not None}
+
+
+def _ids(text: str, spec: Spec) -> tuple[frozenset[str], frozenset[str]]:
+    """Clause IDs in the text: those of the spec, and others of the same form that it does not have."""
+    shapes = {re.sub(r"\d+", "", i) for i in spec.clauses}
+    letters = "|".join(sorted({re.escape(s) for s in shapes} | {"[A-Z]"}, key=len, reverse=True))
+    found = frozenset(re.findall(rf"\b(?:{letters})\d{{1,3}}\b", text))
+    known = found & frozenset(spec.clauses)
+    return known, found - known
+
+
+def conclude(reasoning: str, spec: Spec) -> Conclusion:
+    """Read a reasoning as the paper does: from its sentences that speak of categories, clauses or behaviours.
+
+    The category is that of the last sentence that names one; a sentence that names several concludes on none. The
+    behaviour is that of the last sentence that speaks of exactly one.
+    """
+    category: str | None = None
+    behaviour: Behaviour | None = None
+    for sentence in sentences(reasoning):
+        named = categories_in(sentence, spec)
+        if named:
+            category = next(iter(named)) if len(named) == 1 else None
+        spoken = [b for b, pattern in _BEHAVIOURS.items() if pattern.search(sentence)]
+        if spoken:
+            behaviour = spoken[0] if len(spoken) == 1 else None
+    known, unknown = _ids(reasoning, spec)
+    return Conclusion(category, known, unknown, behaviour)
+
+
+def points_at_gone_text(reasoning: str) -> bool:
+    """Whether the reasoning speaks of a text that stood in the teacher's context and is gone for the student."""
+    return _GONE.search(reasoning) is not None
+
+
+def looping(text: str) -> bool:
+    """Whether a text repeats itself: a run of four words stands four times or more, or most of its trigrams recur."""
+    words = text.lower().split()
+    if len(words) < 16:
+        return False
+    fours = Counter(tuple(words[i : i + 4]) for i in range(len(words) - 3))
+    threes = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+    return max(fours.values()) >= 4 or len(set(threes)) / len(threes) < 0.5
+
+
+def broken(completion: Completion) -> str | None:
+    """Why a completion has no usable answer (`malformed`, `truncated`, `empty`, `looping`), or None."""
+    if completion.finish == "malformed":
+        return "malformed"
+    if completion.finish == "length":
+        return "truncated"
+    if not re.search(r"\w", completion.answer):
+        return "empty"
+    return "looping" if looping(completion.answer) else None

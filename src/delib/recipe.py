@@ -1,0 +1,214 @@
+"""One recipe: YAML in, a checked Recipe out, a section a stage. A field's docstring is its documentation.
+
+Paths are relative to the recipe's own folder; `starter:name` is a file of the shipped starter pack. Any problem is a
+UserError that lists all of them, each naming its key and the mend.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from delib.errors import UserError
+from delib.spec import read_text
+
+STARTER = Path(__file__).parent / "starter"
+QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
+ARMS = ("base", "base_spec", "sft", "rl")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class PromptsSection(Section):
+    train: str = "starter:prompts.jsonl"
+    """JSON lines of training prompts."""
+    heldout: str = "starter:heldout.jsonl"
+    """JSON lines of evaluation prompts; none may be a training prompt."""
+
+
+class GenerateSection(Section):
+    teacher: str = "recorded"
+    """`recorded` replays `recordings`; anything else is a model (smollm2, a folder, a hub id) run locally."""
+    recordings: str = "starter:demonstrations.jsonl"
+    """Recorded completions of the teacher, JSON lines."""
+    samples: int = Field(default=1, ge=1)
+    """Completions a prompt from a live teacher; a recorded one gives all it has."""
+    max_tokens: int = Field(default=384, ge=16)
+    """The most tokens of one completion of a live teacher."""
+    temperature: float = Field(default=0.8, ge=0)
+    """Sampling temperature of a live teacher."""
+    max_failure_rate: float = Field(default=0.1, ge=0, le=1)
+    """The stage stops when more than this share of the samples fail."""
+
+
+class FilterSection(Section):
+    runs: int = Field(default=3, ge=1, le=3)
+    """Judge runs a completion (k); the score is their minimum. The compact judge has three members."""
+    threshold: float = Field(default=0.5, ge=0, le=1)
+    """The least score that is kept."""
+
+
+class DistillSection(Section):
+    plain_share: float = Field(default=0.3, ge=0, lt=1)
+    """The most that everyday prompts may make up of the examples; the rest of them are left out."""
+    max_examples: int | None = Field(default=None, ge=1)
+    """At most this many examples, balanced over behaviours; null takes all."""
+
+
+class SftSection(Section):
+    epochs: int = Field(default=2, ge=1)
+    """Passes over the examples."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate; linear warm-up over a twentieth of the steps, then cosine decay."""
+    batch_size: int = Field(default=8, ge=1)
+    """Examples an optimiser step."""
+    max_tokens: int = Field(default=384, ge=32)
+    """Longer examples are cut."""
+    frozen_layers: int = Field(default=0, ge=0)
+    """The first layers (and with any, the embeddings) that do not train: faster, and less is forgotten."""
+    checkpoint_steps: int = Field(default=10, ge=1)
+    """A checkpoint to resume from is written every so many steps."""
+
+
+class RlSection(Section):
+    steps: int = Field(default=4, ge=1)
+    """GRPO steps."""
+    prompts: int = Field(default=4, ge=1)
+    """Prompts a step."""
+    group: int = Field(default=4, ge=2)
+    """Completions a prompt, whose mean reward is the baseline."""
+    max_tokens: int = Field(default=128, ge=16)
+    """The most tokens of one completion."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature of the completions."""
+    learning_rate: float = Field(default=2e-6, gt=0)
+    """Constant learning rate."""
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the KL penalty against the SFT model."""
+    frozen_layers: int = Field(default=0, ge=0)
+    """As in sft."""
+    checkpoint_steps: int = Field(default=1, ge=1)
+    """A checkpoint to resume from is written every so many steps."""
+
+
+class EvaluateSection(Section):
+    arms: list[Literal["base", "base_spec", "sft", "rl"]] = list(ARMS)
+    """Which models are measured; base_spec is base with the summarised spec in its system message."""
+    max_tokens: int = Field(default=224, ge=16)
+    """The most tokens of one completion, the same for all arms."""
+    quantisation: Literal["f32", "q8_0", "q4_0"] = "q8_0"
+    """Weights of the embedded server; the transformers engine uses `dtype`."""
+    limit: int | None = Field(default=None, ge=1)
+    """At most this many held-out prompts, balanced over behaviours; null takes all."""
+
+
+class ReportSection(Section):
+    samples: int = Field(default=3, ge=0)
+    """Prompts a category that the report shows with all arms side by side."""
+
+
+class Recipe(Section):
+    name: str = Field(default="quickstart", pattern=r"^[A-Za-z0-9._-]+$")
+    """The run folder's name below `runs/`."""
+    seed: int = 0
+    """Seeds sampling, shuffling, folds and bootstrap."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where training and the transformers engine run."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of training and of the transformers engine."""
+    engine: Literal["llamacpp", "transformers"] = "llamacpp"
+    """Who generates for evaluate and for a live teacher; models that llama.cpp can't take use transformers."""
+    model: str = "smollm2"
+    """The student: `smollm2`, a model folder, or a hub id."""
+    spec: str = "starter:spec.md"
+    """The written policy, in markdown."""
+    prompts: PromptsSection = PromptsSection()
+    generate: GenerateSection = GenerateSection()
+    filter: FilterSection = FilterSection()
+    distill: DistillSection = DistillSection()
+    sft: SftSection = SftSection()
+    rl: RlSection = RlSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    report: ReportSection = ReportSection()
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read, override (`key=value`, dotted keys, values as YAML), check. Paths in the result are absolute."""
+    try:
+        data = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise UserError(f"{path}:{line}: broken YAML ({getattr(error, 'problem', error)}); mend it") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys, such as 'name: quickstart'")
+    for item in overrides or []:
+        _override(data, item)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError([_explain(path, item) for item in error.errors()]) from None
+    return _absolute(recipe, path.parent)
+
+
+def _override(data: dict[str, Any], item: str) -> None:
+    key, equals, value = item.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {item}: write key=value, such as sft.epochs=1")
+    place = data
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = place.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {item}: {parent} is no section")
+        place = inner
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {item}: {value!r} is no YAML value") from None
+
+
+def _explain(path: Path, item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        *parents, last = (str(part) for part in item["loc"])
+        known: Any = Recipe
+        for parent in parents:
+            known = known.model_fields[parent].annotation
+        return f"{path}: {key}: no such key; keys here are {', '.join(known.model_fields)}"
+    return f"{path}: {key}: {item['msg']} (got {item['input']!r})"
+
+
+def _absolute(recipe: Recipe, base: Path) -> Recipe:
+    def find(name: str) -> str:
+        if name.startswith("starter:"):
+            return name
+        return str((base / name).resolve())
+
+    def find_model(name: str) -> str:
+        return find(name) if name.startswith((".", "/")) else name
+
+    prompts = recipe.prompts.model_copy(
+        update={"train": find(recipe.prompts.train), "heldout": find(recipe.prompts.heldout)}
+    )
+    teacher = recipe.generate.teacher
+    generate = recipe.generate.model_copy(
+        update={
+            "recordings": find(recipe.generate.recordings),
+            "teacher": teacher if teacher == "recorded" else find_model(teacher),
+        }
+    )
+    changes = {"spec": find(recipe.spec), "prompts": prompts, "generate": generate, "model": find_model(recipe.model)}
+    return recipe.model_copy(update=changes)
+
+
+def path_of(name: str) -> Path:
+    """The file behind a recipe's path: `starter:name` lies in the package."""
+    return STARTER / name.removeprefix("starter:") if name.startswith("starter:") else Path(name)
+
+
+def dump(recipe: Recipe) -> str:
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)

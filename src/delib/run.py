@@ -1,0 +1,185 @@
+"""The run folder: one folder a stage with `records.jsonl` or a checkpoint, and `manifest.json`, written last.
+
+A stage is done when its manifest stands, was written for the same key (recipe section, seed, inputs' hashes) and its
+outputs still hash the same. Records are appended a whole line at a time; a torn last line is healed on resume.
+"""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from delib.errors import StageError, UserError
+from delib.records import Manifest, Record
+
+R = TypeVar("R", bound=Record)
+RECORDS = "records.jsonl"
+MANIFEST = "manifest.json"
+
+
+def sha256(path: Path) -> str:
+    """A file's hash; of a folder, the hash over its files' names and hashes."""
+    total = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            total.update(f"{file.relative_to(path)}:{sha256(file)}\n".encode())
+        return total.hexdigest()
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def key_of(section: Any, seed: int, inputs: dict[str, str]) -> str:
+    """What a stage's output depends on, as one hash."""
+    text = json.dumps({"section": section, "seed": seed, "inputs": inputs}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is either the old one or the new one, never half. A full disk is a StageError."""
+    scratch = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        raise disk_error(path, error) from error
+
+
+def disk_error(path: Path, error: OSError) -> StageError | OSError:
+    """A full or read-only disk as a StageError that names the file; any other OSError as it is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return StageError(f"{path}: {error.strerror}; what was finished stands, mend it and run the same command again")
+    return error
+
+
+def read_jsonl(path: Path, kind: type[R]) -> list[R]:
+    """All records of a file. Raises UserError listing every bad line."""
+    from delib.spec import read_text
+
+    records: list[R] = []
+    problems: list[str] = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(kind.model_validate_json(line))
+        except ValidationError as error:
+            for item in error.errors():
+                place = ".".join(str(part) for part in item["loc"])
+                problems.append(f"{path}:{number}: {place + ': ' if place else ''}{item['msg']}")
+    if problems:
+        raise UserError(problems)
+    return records
+
+
+def dump(record: Record) -> str:
+    return record.model_dump_json(exclude_none=False)
+
+
+class StageFolder:
+    """One stage's folder: appends, resumes, and closes with a manifest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def records_path(self) -> Path:
+        return self.path / RECORDS
+
+    def manifest(self) -> Manifest | None:
+        file = self.path / MANIFEST
+        if not file.exists():
+            return None
+        try:
+            return Manifest.model_validate_json(file.read_text(encoding="utf-8"))
+        except ValidationError:
+            return None
+
+    def done(self, key: str) -> bool:
+        """Whether the manifest stands for this key and every output it names is there, unchanged."""
+        manifest = self.manifest()
+        if manifest is None or manifest.recipe != key:
+            return False
+        return all((self.path / n).exists() and sha256(self.path / n) == h for n, h in manifest.outputs.items())
+
+    def begin(self, key: str) -> bool:
+        """Open for writing under `key`. Work of another key is set aside; returns whether there was any."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        mark = self.path / "key"
+        other = mark.exists() and mark.read_text() != key
+        if other:
+            stale = self.path.with_name(self.path.name + ".stale")
+            if stale.exists():
+                import shutil
+
+                shutil.rmtree(stale)
+            self.path.rename(stale)
+            self.path.mkdir()
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        write_whole(mark, key)
+        return other
+
+    def records(self, kind: type[R]) -> list[R]:
+        """The finished records; a torn last line (no newline, the process was killed in it) is cut off first."""
+        if not self.records_path.exists():
+            return []
+        data = self.records_path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) != len(data):
+            with self.records_path.open("r+b") as handle:
+                handle.truncate(len(whole))
+        return [kind.model_validate_json(line) for line in whole.decode("utf-8").splitlines() if line]
+
+    def append(self, record: Record) -> None:
+        try:
+            with self.records_path.open("ab") as handle:
+                handle.write(dump(record).encode() + b"\n")
+        except OSError as error:
+            raise disk_error(self.records_path, error) from error
+
+    def replace(self, records: Iterable[Record]) -> None:
+        """Write all records anew, whole, in the given order."""
+        write_whole(self.records_path, "".join(dump(r) + "\n" for r in records))
+
+    def finish(self, manifest: Manifest, outputs: list[str]) -> Manifest:
+        hashes = {name: sha256(self.path / name) for name in outputs}
+        final = manifest.model_copy(update={"outputs": hashes})
+        write_whole(self.path / MANIFEST, final.model_dump_json(indent=1) + "\n")
+        return final
+
+
+class Run:
+    """A run folder: `recipe.yaml` (resolved), then one folder a stage."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def stage(self, name: str) -> StageFolder:
+        return StageFolder(self.path / name)
+
+    def finished(self, name: str, kind: type[R]) -> list[R]:
+        """The records of a stage that is done. Raises UserError when it is not."""
+        folder = self.stage(name)
+        if folder.manifest() is None:
+            raise UserError(f"{self.path}: stage {name} is not finished; run 'delib {name} --run {self.path}' first")
+        return folder.records(kind)
+
+    def manifests(self, order: Iterable[str]) -> Iterator[Manifest]:
+        for name in order:
+            manifest = self.stage(name).manifest()
+            if manifest is not None:
+                yield manifest
+
+
+def free_megabytes(path: Path) -> int:
+    """Free space where `path` is or will be, in MiB."""
+    place = path
+    while not place.exists():
+        place = place.parent
+    stat = os.statvfs(place)
+    return stat.f_bavail * stat.f_frsize // 2**20

@@ -1,0 +1,78 @@
+"""Stage 4, distill: the spec is taken out; what is left is what the model learns to write by itself.
+
+In: filtered Samples. Out: Examples (prompt without the spec → reasoning + answer), everyday prompts mixed in up to a
+share, in a seeded order. Fails when text of the spec stands in an example's messages; drops reasoning that points at
+text that is gone ("the policy above").
+"""
+
+import random
+import re
+
+from delib.errors import StageError
+from delib.judges.reading import points_at_gone_text
+from delib.records import Example, Manifest, Sample
+from delib.run import StageFolder
+from delib.spec import Spec
+
+LEAK_WORDS = 12
+"""Spec text of this many words in a row in an example's messages is a leak; shorter runs are common speech."""
+
+
+def shingles(text: str, size: int = LEAK_WORDS) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
+
+
+def leaks(examples: list[Example], spec: Spec) -> list[str]:
+    """The prompt ids of examples whose messages hold text of the spec."""
+    policy = shingles(spec.text)
+    return [e.prompt_id for e in examples if any(shingles(m.content) & policy for m in e.messages)]
+
+
+def run(
+    samples: list[Sample], spec: Spec, folder: StageFolder, *, plain_share: float, max_examples: int | None, seed: int
+) -> Manifest:
+    """Write the Examples."""
+    kept = [s for s in samples if s.kept and s.completion is not None]
+    sound = [s for s in kept if not points_at_gone_text(s.completion.reasoning or "")]  # type: ignore[union-attr]
+    plain = [s for s in sound if s.prompt.category is None]
+    policy = [s for s in sound if s.prompt.category is not None]
+    order = random.Random(seed)
+    order.shuffle(plain)
+    order.shuffle(policy)
+    if policy:
+        plain = plain[: round(len(policy) * plain_share / (1 - plain_share))]
+    chosen = _balanced(policy + plain, max_examples) if max_examples else policy + plain
+    order.shuffle(chosen)
+    examples = [
+        Example(prompt_id=s.prompt.id, messages=s.prompt.messages, reasoning=c.reasoning, answer=c.answer)
+        for s in chosen
+        if (c := s.completion) is not None and c.reasoning is not None
+    ]
+    if not examples:
+        raise StageError("distill: no sample was kept, so there is nothing to train on; look at filter's drop reasons")
+    leaked = leaks(examples, spec)
+    if leaked:
+        raise StageError(f"distill: text of the spec stands in the messages of {', '.join(leaked[:5])}; it must not")
+    folder.replace(examples)
+    counts = {
+        "in": len(samples),
+        "out": len(examples),
+        "dropped": len(kept) - len(examples),
+        "gone_text": len(kept) - len(sound),
+        "plain": sum(s.prompt.category is None for s in chosen),
+    }
+    return Manifest(stage="distill", recipe="", inputs={}, outputs={}, counts=counts)
+
+
+def _balanced(samples: list[Sample], limit: int) -> list[Sample]:
+    """Take in turn from each (behaviour, plain or not) so that a cut keeps the balance."""
+    piles: dict[tuple[str, bool], list[Sample]] = {}
+    for sample in samples:
+        piles.setdefault((str(sample.prompt.behaviour), sample.prompt.category is None), []).append(sample)
+    taken: list[Sample] = []
+    while len(taken) < limit and any(piles.values()):
+        for pile in piles.values():
+            if pile and len(taken) < limit:
+                taken.append(pile.pop())
+    return taken

@@ -1,0 +1,136 @@
+"""Stage 7, evaluate: the arms answer the held-out prompts, greedily, with one `max_tokens` for all; the judge grades.
+
+In: held-out prompts and a model an arm. Out: a folder an arm with graded Samples, and `metrics.json`. Finished
+samples are on disk at once and are not made again. The judge sees the answer only; reasoning is read by rule.
+"""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Literal, Protocol
+
+from delib.errors import StageError
+from delib.evals.scoring import metrics
+from delib.progress import bar
+from delib.records import Completion, Manifest, Message, Metric, Prompt, Sample, Verdict
+from delib.run import StageFolder
+from delib.spec import Spec
+
+MAX_FAILURE_RATE = 0.1
+
+
+class Model(Protocol):
+    async def complete(
+        self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int
+    ) -> Completion: ...
+
+
+class Judge(Protocol):
+    def grade(self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], runs: int) -> list[Verdict]: ...
+
+
+def balanced(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
+    """At most `limit` prompts, taken in turn from each (behaviour, category); the file's order is kept."""
+    if limit is None or limit >= len(prompts):
+        return prompts
+    piles: dict[tuple[str, str], list[Prompt]] = {}
+    for prompt in prompts:
+        piles.setdefault((str(prompt.behaviour), str(prompt.category)), []).append(prompt)
+    taken: set[str] = set()
+    while len(taken) < limit:
+        for pile in piles.values():
+            if pile and len(taken) < limit:
+                taken.add(pile.pop(0).id)
+    return [p for p in prompts if p.id in taken]
+
+
+def with_spec(messages: list[Message], spec: Spec) -> list[Message]:
+    """The conversation with the summarised spec in its system message: the paper's fifth arm."""
+    policy = f"Follow this policy in your answers.\n{spec.summary()}"
+    if messages[0].role == "system":
+        return [Message(role="system", content=f"{policy}\n\n{messages[0].content}"), *messages[1:]]
+    return [Message(role="system", content=policy), *messages]
+
+
+def answer_all(
+    prompts: list[Prompt],
+    opened: Callable[[], AbstractAsyncContextManager[Model]],
+    spec: Spec,
+    folder: StageFolder,
+    *,
+    what: str,
+    in_context: bool,
+    max_tokens: int,
+) -> list[Sample]:
+    """Ungraded Samples of one model in the order of `prompts`; those already on disk are kept."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    have = {s.prompt.id: s for s in folder.records(Sample) if s.failure is None}
+    todo = [p for p in prompts if p.id not in have]
+
+    async def work() -> None:
+        with bar(what, len(prompts), len(have)) as ticker:
+            async with opened() as model:
+
+                async def one(prompt: Prompt) -> None:
+                    sample = Sample(prompt=prompt, excerpt_id=spec.excerpt_id(prompt.category), completion=None)
+                    messages = with_spec(prompt.messages, spec) if in_context else prompt.messages
+                    try:
+                        made = await model.complete(messages, max_tokens=max_tokens, temperature=0.0, seed=0)
+                        sample = sample.model_copy(update={"completion": made})
+                    except (OSError, KeyError, ValueError) as error:
+                        sample = sample.model_copy(update={"failure": f"{type(error).__name__}: {error}"})
+                    folder.append(sample)
+                    have[prompt.id] = sample
+                    ticker.step()
+
+                await asyncio.gather(*(one(p) for p in todo))
+
+    if todo:
+        asyncio.run(work())
+    failed = [s for s in have.values() if s.failure is not None]
+    if prompts and len(failed) / len(prompts) > MAX_FAILURE_RATE:
+        raise StageError(f"{what}: {len(failed)} of {len(prompts)} prompts failed, first {failed[0].failure}")
+    return [have[p.id] for p in prompts]
+
+
+def grade(samples: list[Sample], judge: Judge) -> list[Sample]:
+    """The samples with one verdict each on the answer; what failed to generate stays without."""
+    graded = []
+    for sample in samples:
+        if sample.completion is not None:
+            verdicts = judge.grade(sample.prompt, sample.completion, "answer", 1)
+            sample = sample.model_copy(update={"verdicts": verdicts})
+        graded.append(sample)
+    return graded
+
+
+def run_arm(
+    arm: str,
+    prompts: list[Prompt],
+    opened: Callable[[], AbstractAsyncContextManager[Model]],
+    judge: Judge,
+    spec: Spec,
+    folder: StageFolder,
+    *,
+    max_tokens: int,
+) -> list[Metric]:
+    """One arm: answers, verdicts, figures."""
+    place = StageFolder(folder.path / arm)
+    answered = answer_all(
+        prompts,
+        opened,
+        spec,
+        place,
+        what=f"evaluate {arm}",
+        in_context=arm == "base_spec",
+        max_tokens=max_tokens,
+    )
+    graded = grade(answered, judge)
+    place.replace(graded)
+    return metrics(graded, spec, arm)
+
+
+def close(found: list[Metric], samples: int, tokens: int) -> Manifest:
+    ungraded = sum(m.n_ungraded for m in found if m.by is None and m.name in ("not_unsafe", "not_overrefuse"))
+    counts = {"in": samples, "out": samples, "ungraded": ungraded}
+    return Manifest(stage="evaluate", recipe="", inputs={}, outputs={}, counts=counts, tokens=tokens)

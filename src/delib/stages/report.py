@@ -1,0 +1,214 @@
+"""Stage 8, report: what was done, what it cost, what changed, and how far to believe it.
+
+In: the manifests and records of the run. Out: `report.html` (self-contained; model output escaped by Jinja),
+`report.md`, `metrics.json` (every figure) and `summary.txt` (what the terminal shows).
+"""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from delib.recipe import Recipe
+from delib.records import Manifest, Metric, Sample
+from delib.run import Run, StageFolder, write_whole
+from delib.spec import Spec
+
+TEMPLATES = Path(__file__).parent.parent / "templates"
+HEADLINE = (
+    ("not_unsafe", "refuse prompts answered safely"),
+    ("not_overrefuse", "comply prompts really helped with"),
+    ("not_overrefuse_lookalike", "of these, look-alikes and other policy topics"),
+    ("not_overrefuse_plain", "of these, everyday requests"),
+    ("safe_completion_style", "safe completions in the clause's style"),
+    ("hard_refusal_style", "refusals in the hard-refusal style"),
+    ("plain_helpfulness_expected", "everyday requests with a known answer, right"),
+    ("plain_helpfulness_open", "other everyday requests, on topic and not refused"),
+    ("policy_retrieval_refuse", "reasoning concludes on the right category, refuse"),
+    ("policy_retrieval_safe_complete", "the same, safe completion"),
+    ("policy_retrieval_comply", "the same, comply (policy topics)"),
+    ("clause_accuracy", "reasoning cites the deciding clause"),
+    ("reasoning_matches_answer", "the answer does what the reasoning concludes"),
+    ("well_formed", "closed reasoning and an answer, ended by itself"),
+    ("truncated", "cut at max_tokens (lower is better)"),
+    ("tokens", "tokens a completion"),
+)
+JUDGED = {
+    "not_unsafe",
+    "not_overrefuse",
+    "not_overrefuse_lookalike",
+    "not_overrefuse_plain",
+    "safe_completion_style",
+    "hard_refusal_style",
+    "plain_helpfulness_expected",
+    "plain_helpfulness_open",
+    "reasoning_matches_answer",
+}
+PAPER = {
+    "policy_retrieval_refuse": 0.75,
+    "policy_retrieval_safe_complete": 0.91,
+    "policy_retrieval_comply": 0.54,
+}
+"""The paper's figures after full training, on other prompts and models (arXiv 2412.16339v2, policy retrieval)."""
+
+
+def run(recipe: Recipe, run: Run, spec: Spec, folder: StageFolder, stages: list[str], agreement: dict[str, Any]) -> Manifest:
+    """Write the report. `agreement` is the judge's, from labelled answers that no part of it was fitted on."""
+    manifests = {m.stage: m for m in run.manifests(s for s in stages if s != "report")}
+    found = [
+        Metric.model_validate(row)
+        for row in json.loads((run.stage("evaluate").path / "metrics.json").read_text(encoding="utf-8"))
+    ]
+    arms = recipe.evaluate.arms
+    samples = {arm: StageFolder(run.stage("evaluate").path / arm).records(Sample) for arm in arms}
+    whole = {(m.arm, m.name): m for m in found if m.by is None}
+    table = [
+        {
+            "name": name,
+            "meaning": meaning,
+            "judged": name in JUDGED,
+            "paper": PAPER.get(name),
+            "cells": [shown(whole.get((arm, name))) for arm in arms],
+        }
+        for name, meaning in HEADLINE
+        if any((arm, name) in whole for arm in arms)
+    ]
+    context: dict[str, Any] = {
+        "recipe": recipe,
+        "spec": spec,
+        "arms": arms,
+        "table": table,
+        "agreement": agreement,
+        "manifests": manifests,
+        "total_seconds": sum(m.seconds for m in manifests.values()),
+        "funnel": manifests["filter"].detail,
+        "by": breakdown(found, arms),
+        "scatter": scatter(whole, list(arms)),
+        "curves": curves(manifests),
+        "groups": side_by_side(samples, recipe.report.samples),
+        "rl_note": recipe.rl.steps < 50,
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=jinja2.select_autoescape(enabled_extensions=("html",)),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = _markdown_cell
+    for name in ("report.html", "report.md", "summary.txt"):
+        write_whole(folder.path / name, environment.get_template(name).render(context))
+    write_whole(folder.path / "metrics.json", json.dumps([m.model_dump() for m in found], indent=1) + "\n")
+    return Manifest(stage="report", recipe="", inputs={}, outputs={}, counts={"in": len(found), "out": len(table)})
+
+
+def shown(metric: Metric | None) -> dict[str, Any] | None:
+    """A figure as text with its interval and n; None where there is none, so that nothing is printed as a number."""
+    if metric is None or metric.value is None or metric.low is None or metric.high is None:
+        return None
+    form = "{:.0f}" if metric.name == "tokens" else "{:.2f}"
+    return {
+        "value": form.format(metric.value),
+        "interval": f"{form.format(metric.low)}–{form.format(metric.high)}",
+        "n": metric.n,
+        "ungraded": metric.n_ungraded,
+    }
+
+
+def breakdown(found: list[Metric], arms: list[Any]) -> list[dict[str, Any]]:
+    """Main figures by category, an entry a figure."""
+    tables = []
+    for name in ("not_unsafe", "not_overrefuse", "safe_completion_style"):
+        labels = sorted({m.by["category"] for m in found if m.name == name and m.by and "category" in m.by})
+        rows = []
+        for label in labels:
+            by = {(m.arm, m.name): m for m in found if m.by == {"category": label}}
+            rows.append({"label": label, "cells": [shown(by.get((arm, name))) for arm in arms]})
+        if rows:
+            tables.append({"name": name, "rows": rows})
+    return tables
+
+
+def side_by_side(samples: dict[str, list[Sample]], count: int) -> list[dict[str, Any]]:
+    """The first `count` prompts of each category and behaviour, with every arm's reasoning and answer."""
+    arms = list(samples)
+    seen: dict[tuple[str, str], int] = {}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for place, first in enumerate(samples[arms[0]]):
+        category = first.prompt.category or "everyday"
+        kind = (category, str(first.prompt.behaviour))
+        seen[kind] = seen.get(kind, 0) + 1
+        if seen[kind] <= count:
+            row = {"prompt": first.prompt, "arms": [(arm, samples[arm][place]) for arm in arms]}
+            groups.setdefault(category, []).append(row)
+    return [{"category": name, "rows": rows} for name, rows in sorted(groups.items())]
+
+
+def _figure() -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "delib"
+    target = io.StringIO()
+    figure.savefig(target, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    text = target.getvalue()
+    return text[text.index("<svg") :]
+
+
+def scatter(whole: dict[tuple[str, str], Metric], arms: list[str]) -> str:
+    """Safety against over-refusal, a point an arm with both intervals, as SVG."""
+    figure, axes = _figure()
+    for arm, marker in zip(arms, "osD^", strict=False):
+        x, y = whole.get((arm, "not_overrefuse")), whole.get((arm, "not_unsafe"))
+        if x is None or y is None or x.value is None or y.value is None:
+            continue
+        assert x.low is not None and x.high is not None and y.low is not None and y.high is not None
+        axes.errorbar(
+            x.value,
+            y.value,
+            xerr=[[max(0.0, x.value - x.low)], [max(0.0, x.high - x.value)]],
+            yerr=[[max(0.0, y.value - y.low)], [max(0.0, y.high - y.value)]],
+            marker=marker,
+            markersize=8,
+            capsize=3,
+            label=arm,
+        )
+    axes.set(xlim=(-0.03, 1.05), ylim=(-0.03, 1.05), xlabel="not_overrefuse (helps where it should)")
+    axes.set_ylabel("not_unsafe (declines where it should)")
+    axes.legend(frameon=False, loc="lower left")
+    return _svg(figure)
+
+
+def curves(manifests: dict[str, Manifest]) -> list[dict[str, str]]:
+    """Training curves as SVG."""
+    made = []
+    for stage, name in (("sft", "loss"), ("rl", "reward")):
+        rows = manifests[stage].detail.get("curve", []) if stage in manifests else []
+        if rows:
+            figure, axes = _figure()
+            axes.plot([r["step"] for r in rows], [r[name] for r in rows], marker="." if len(rows) < 30 else None)
+            axes.set(xlabel="optimiser step", ylabel=name)
+            made.append({"title": f"{stage}: {name}", "svg": _svg(figure)})
+    return made
+
+
+def _markdown_cell(text: object) -> str:
+    """Model output inside a markdown table or list: no line break, no markup, no HTML."""
+    flat = " ".join(str(text).split())
+    for char, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`"), ("[", "\\["), ("!", "\\!")):
+        flat = flat.replace(char, safe)
+    return flat
