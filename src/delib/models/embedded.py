@@ -63,14 +63,21 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+KEPT_GGUF = 4
+"""Quantised copies that stay in the cache, the newest ones; each is quickly made again."""
+
+
 def _gguf_of(folder: Path, quantisation: str) -> Path:
-    """The folder's GGUF, made once per weights and kept in the system's temporary folder's cache of this user."""
+    """The folder's GGUF, made once for its weights and kept in the cache while it is among the newest."""
     stamp = "|".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in sorted(folder.glob("*.safetensors")))
     key = hashlib.sha256(f"{folder.resolve()}|{stamp}".encode()).hexdigest()[:16]
     target = weights.cache_dir() / "gguf" / f"{key}-{quantisation}.gguf"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         weights.to_gguf(folder, target, quantisation)
+        newest = sorted(target.parent.glob("*.gguf"), key=lambda p: p.stat().st_mtime_ns, reverse=True)
+        for old in newest[KEPT_GGUF:]:
+            old.unlink(missing_ok=True)
     return target
 
 

@@ -1,0 +1,44 @@
+import pytest
+
+from delib import chat
+
+
+def test_split_parts_reasoning_from_answer():
+    assert chat.split("<think>\nwhy\n</think>\n\nyes") == ("why", "yes", False)
+
+
+def test_text_without_tags_is_an_answer_without_reasoning():
+    assert chat.split("just this") == (None, "just this", False)
+
+
+def test_template_that_opened_the_reasoning():
+    assert chat.split("why</think>yes", think_opened=True) == ("why", "yes", False)
+    assert chat.opened("<|im_start|>assistant\n<think>\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>\nnever closed, and an answer: sure",
+        "</think> closed only",
+        "<think>a</think><think>b</think>c",
+        "before <think>a</think> after",
+        "<think>a</think>   ",
+        "<think>a<think>b</think>c",
+    ],
+)
+def test_malformed_has_no_answer(text):
+    parts = chat.split(text)
+    assert parts.malformed
+    assert parts.answer == ""
+
+
+def test_join_is_the_inverse_of_split():
+    assert chat.split(chat.join("why", "yes"))[:2] == ("why", "yes")
+
+
+def test_unclosed_reasoning_that_was_cut_is_malformed_not_an_answer():
+    made = chat.completion("<think>\nstill", sent="", model="m", cut=True)
+    assert made.finish == "malformed"
+    assert made.answer == ""
+    assert made.reasoning == "still"
