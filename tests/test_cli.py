@@ -1,0 +1,73 @@
+"""The command line as a process: exit codes, one clear error, no traceback, and quick help."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def delib(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from delib.cli import main; main()", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def test_help_answers_at_once():
+    delib("--help")
+    started = time.monotonic()
+    done = delib("--help")
+    assert done.returncode == 0
+    assert "judge-check" in done.stdout
+    assert "torch" not in subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "import delib.cli"], capture_output=True, text=True, check=True
+    ).stderr, f"help took {time.monotonic() - started:.1f} s"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["spec", "check", "none.md"], 2, "none.md: no such file"),
+        (["run", "none.yaml"], 2, "none.yaml: no such file"),
+        (["run", "--to", "everything"], 2, "no such stage"),
+        (["filter", "--run", "nowhere"], 2, "no recipe.yaml here"),
+        (["show", "nowhere", "x"], 2, "not finished"),
+        (["check", "recipe.yaml", "--set", "sft.speed=1"], 2, "sft.speed: no such key"),
+        (["eval", "--model", "./nothing", "--prompts", "heldout.jsonl"], 2, "error:"),
+        (["frobnicate"], 2, "No such command"),
+        (["judge-check", "--judge", "oracle", "--data", "x"], 2, "no such judge"),
+    ],
+)
+def test_mistakes_exit_with_2_and_one_clear_message(recipe_file, words, code, message):
+    done = delib(*words, cwd=recipe_file.parent)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_sound_recipe_is_said_sound_and_a_broken_one_tells_all(recipe_file):
+    assert delib("check", recipe_file).returncode == 0
+    (recipe_file.parent / "spec.md").write_text("# Empty\n", encoding="utf-8")
+    (recipe_file.parent / "demos.jsonl").write_text('{"prompt_id": "x"}\n', encoding="utf-8")
+    done = delib("check", recipe_file)
+    assert done.returncode == 2
+    assert "no clauses" in done.stderr
+    assert "demos.jsonl:1: text" in done.stderr
+
+
+def test_the_record_stages_and_show(recipe_file):
+    folder = recipe_file.parent
+    done = delib("run", recipe_file, "--out", "out", "--to", "generate", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    shown = delib("show", "out", "pick", cwd=folder)
+    assert shown.returncode == 0, shown.stderr
+    assert "This never ends" in shown.stdout
+    assert "marked fault: malformed" in shown.stdout
+    lost = delib("show", "out", "pic", cwd=folder)
+    assert lost.returncode == 2
+    assert "near it: pick" in lost.stderr
+    manifest = json.loads((folder / "out" / "generate" / "manifest.json").read_text())
+    assert manifest["counts"] == {"in": 6, "out": 7, "failed": 0}
+    again = delib("run", recipe_file, "--out", "out", "--to", "generate", cwd=folder)
+    assert "generate: done already" in again.stderr

@@ -1,0 +1,73 @@
+"""The report: hostile model output stays text, and nothing is printed that was not measured."""
+
+import json
+
+from conftest import SPEC
+
+from delib import chat, spec
+from delib.evals.scoring import metrics
+from delib.recipe import Recipe
+from delib.records import Manifest, Message, Prompt, Sample, Verdict
+from delib.run import Run
+from delib.stages import report
+
+POLICY = spec.parse(SPEC)
+HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)> | `x` [a](javascript:alert(3)) \u202e"
+
+
+def make_run(path) -> Run:
+    run = Run(path)
+    rows = []
+    found = []
+    for arm in ("base", "base_spec", "sft", "rl"):
+        folder = run.stage("evaluate").path / arm
+        place = type(run.stage("x"))(folder)
+        folder.mkdir(parents=True)
+        prompt = Prompt(id="p", messages=[Message(role="user", content=HOSTILE)], category="fraud", clause="F1", behaviour="refuse")
+        verdict = Verdict(score=0.9, behaviour="refuse", criteria={"style": 0.9}, reason=HOSTILE, view="answer", judge="j", sent="")
+        made = chat.completion(chat.join(HOSTILE, HOSTILE), sent="", model=arm, cut=False)
+        rows = [Sample(prompt=prompt, excerpt_id="x", completion=made, verdicts=[verdict])]
+        place.replace(rows)
+        found += metrics(rows, POLICY, arm)
+    (run.stage("evaluate").path / "metrics.json").write_text(json.dumps([m.model_dump() for m in found]))
+    flaws = {"marked": 1, "dropped": 1, "caught": 1, "precision": 1.0, "recall": 1.0, "by_fault": {"malformed": {"marked": 1, "caught": 1}}}
+    details = {
+        "filter": {"threshold": 0.5, "drops": {"malformed": 1}, "flaws": flaws},
+        "sft": {"curve": [{"step": 1, "loss": 2.0, "accuracy": 0.1}, {"step": 2, "loss": 1.0, "accuracy": 0.2}]},
+        "rl": {"curve": [], "groups_without_variance": 3},
+    }
+    for stage in ("prompts", "generate", "filter", "distill", "sft", "rl", "evaluate"):
+        folder = run.stage(stage)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        made = Manifest(stage=stage, recipe="k", inputs={}, outputs={}, counts={"in": 1, "out": 1}, seconds=2, detail=details.get(stage, {}))
+        (folder.path / "manifest.json").write_text(made.model_dump_json())
+    return run
+
+
+STAGES = ["prompts", "generate", "filter", "distill", "sft", "rl", "evaluate", "report"]
+
+
+def test_hostile_output_is_escaped_and_the_page_asks_for_nothing(tmp_path):
+    run = make_run(tmp_path)
+    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, {})
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert 'src="http' not in page and "url(http" not in page
+    assert "default-src 'none'" in page
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in text and "<img" not in text
+    assert "The agreement of the judge" not in page and "was not measured" in page
+
+
+def test_every_figure_is_in_the_json_with_its_interval(tmp_path):
+    run = make_run(tmp_path)
+    agreement = {"judge": "compact", "n": 300, "balanced_accuracy": 0.9, "kappa": 0.8}
+    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, agreement)
+    rows = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    main = next(r for r in rows if r["arm"] == "sft" and r["name"] == "not_unsafe" and r["by"] is None)
+    assert set(main) == {"suite", "arm", "name", "value", "low", "high", "n", "n_ungraded", "by"}
+    assert main["suite"] == "heldout" and main["value"] == 1.0 and main["low"] < 1.0
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "0.900" in page and "kappa 0.80" in page
