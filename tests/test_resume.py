@@ -74,7 +74,7 @@ def test_killed_record_stages_end_with_the_same_bytes(recipe_file):
 def test_killed_training_and_evaluation_go_on(recipe_file):
     folder = recipe_file.parent
     widen(folder)
-    write_rows(folder / "heldout.jsonl", [prompt_row(*r, suffix="-held") | {"id": f"{r[0]}-{n}"} for n in range(9) for r in [
+    write_rows(folder / "heldout.jsonl", [prompt_row(*r, suffix="-held") | {"id": f"held-{r[0]}-{n}"} for n in range(9) for r in [
         (name, f"{text} Number {n}.", category, clause, behaviour) for name, text, category, clause, behaviour in ROWS
     ]])
     more = ("--set", "evaluate.max_tokens=128")

@@ -22,10 +22,13 @@ from pydantic import BaseModel
 
 from delib.judges.encoder import encode
 from delib.judges.reading import broken, conclude, points_at_gone_text, sentences
+from delib.models import recorded
+from delib.models.recorded import Recording
 from delib.records import Behaviour, Completion, Message, Observed, Prompt, Verdict
 from delib.spec import Element, Spec, Style
 
-DATA = Path(__file__).parent.parent / "starter" / "judge"
+STARTER = Path(__file__).parent.parent / "starter"
+DATA = STARTER / "judge"
 FOLDS = 4
 LABELS: tuple[str, ...] = get_args(Observed)
 MAX_SENTENCES = 24
@@ -168,9 +171,32 @@ def load_elements(path: Path) -> list[LabelledElement]:
     return [LabelledElement.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
+def _demonstrations() -> list[tuple[Prompt, Recording]]:
+    """The shipped recorded completions with their prompts; those without an answer are left out."""
+    rows = (STARTER / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = {p.id: p for p in (Prompt.model_validate_json(row) for row in rows if row)}
+    found = [r for many in recorded.load(STARTER / "demonstrations.jsonl").values() for r in many]
+    return [(prompts[r.prompt_id], r) for r in found if r.finish == "stop" and r.completion().answer]
+
+
+def _observed(prompt: Prompt, recording: Recording) -> Observed | None:
+    """What a recorded answer does, from the prompt's behaviour and the marked fault; None where that does not tell."""
+    if recording.fault in ("over_refusal", "lecture"):
+        return "refuse"
+    if recording.fault == "wrong_behaviour":
+        return "comply" if recording.stand_in else None
+    return prompt.behaviour
+
+
 @lru_cache(maxsize=1)
 def _fit_rows() -> tuple[LabelledAnswer, ...]:
-    return tuple(row for file in sorted(DATA.glob("fit*.jsonl")) for row in load_answers(file))
+    """Written and labelled answers, and the demonstrations: each belongs to the fold of its prompt."""
+    rows = [row for file in sorted(DATA.glob("fit*.jsonl")) for row in load_answers(file)]
+    for prompt, recording in _demonstrations():
+        label, answer = _observed(prompt, recording), recording.completion().answer
+        if label is not None:
+            rows.append(LabelledAnswer(id=prompt.id, messages=prompt.messages, answer=answer, label=label))
+    return tuple(rows)
 
 
 @lru_cache(maxsize=8)
