@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from delib.judges.encoder import encode
-from delib.judges.reading import broken, conclude, points_at_gone_text, sentences
+from delib.judges.reading import broken, conclude, looping, points_at_gone_text, repetition, sentences
 from delib.models import recorded
 from delib.models.recorded import Recording
 from delib.records import Behaviour, Completion, Message, Observed, Prompt, Verdict
@@ -64,6 +64,12 @@ def _closing(answer: str) -> str:
     return " ".join(sentences(answer)[-2:])[-400:]
 
 
+def _echo(question: str, answer: str) -> float:
+    """The share of the answer's words that stand in the question."""
+    asked, said = set(question.lower().split()), answer.lower().split()
+    return sum(w in asked for w in said) / max(1, len(said))
+
+
 def _question(messages: list[Message]) -> str:
     return messages[-1].content[:600]
 
@@ -104,8 +110,10 @@ class Behaviours:
                     np.log1p(len(a.split())) / 5,
                     len(re.findall(r"^\s*(?:[-*•]|\d+[.)])", a, re.M)) > 1,
                     "?" in a[-80:],
+                    repetition(a),
+                    _echo(_question(m), a),
                 ]
-                for a in answers
+                for m, a in zip(messages, answers, strict=True)
             ],
             dtype=float,
         )
@@ -115,6 +123,10 @@ class Behaviours:
         found = self._model.predict_proba(self._features(messages, answers))
         full = np.zeros((len(answers), len(LABELS)))
         full[:, self._model.classes_] = found
+        for row, answer in enumerate(answers):
+            if looping(answer):
+                # docs/labelling.md: an answer that is stuck in a loop does nothing with the request.
+                full[row] = [float(label == "partial") for label in LABELS]
         return full
 
 

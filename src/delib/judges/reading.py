@@ -17,8 +17,8 @@ _BEHAVIOURS: dict[Behaviour, re.Pattern[str]] = {
     "safe_complete": re.compile(r"\bsafe[- _]complet(?:e|es|ed|ing|ion|ions)\b", re.I),
 }
 _GONE = re.compile(
-    r"\b(?:polic(?:y|ies)|spec(?:ification)?|excerpt|guidelines?|rules?|clauses?|text)\s+(?:\w+\s+){0,2}?"
-    r"(?:above|below|here|provided|given|shown|quoted|supplied|attached|in (?:the|my) (?:context|prompt))\b"
+    r"\b(?:polic(?:y|ies)|spec(?:ification)?|excerpt|guidelines?|rules?|clauses?)\s+(?:\w+\s+){0,2}?"
+    r"(?:above|below|provided|given|shown|quoted|supplied|attached|in (?:the|my) (?:context|prompt))\b"
     r"|\b(?:above|provided|quoted|supplied|attached|aforementioned|given)\s+(?:\w+\s+)?"
     r"(?:polic(?:y|ies)|spec(?:ification)?|excerpt|guidelines?|rules|clauses?)\b"
     r"|\bthe excerpt\b|\bas (?:stated|written|quoted|shown) above\b",
@@ -84,14 +84,20 @@ def points_at_gone_text(reasoning: str) -> bool:
     return _GONE.search(reasoning) is not None
 
 
+def repetition(text: str) -> float:
+    """The share of a text's trigrams that stood in it before: 0 in varied text, towards 1 in a loop."""
+    words = text.lower().split()
+    threes = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+    return 1 - len(set(threes)) / len(threes) if threes else 0.0
+
+
 def looping(text: str) -> bool:
     """Whether a text repeats itself: a run of four words stands four times or more, or most of its trigrams recur."""
     words = text.lower().split()
     if len(words) < 16:
         return False
     fours = Counter(tuple(words[i : i + 4]) for i in range(len(words) - 3))
-    threes = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
-    return max(fours.values()) >= 4 or len(set(threes)) / len(threes) < 0.5
+    return max(fours.values()) >= 4 or repetition(text) > 0.5
 
 
 def broken(completion: Completion) -> str | None:
