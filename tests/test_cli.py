@@ -20,9 +20,12 @@ def test_help_answers_at_once():
     done = delib("--help")
     assert done.returncode == 0
     assert "judge-check" in done.stdout
-    assert "torch" not in subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", "import delib.cli"], capture_output=True, text=True, check=True
-    ).stderr, f"help took {time.monotonic() - started:.1f} s"
+    assert (
+        "torch"
+        not in subprocess.run(
+            [sys.executable, "-X", "importtime", "-c", "import delib.cli"], capture_output=True, text=True, check=True
+        ).stderr
+    ), f"help took {time.monotonic() - started:.1f} s"
 
 
 @pytest.mark.parametrize(

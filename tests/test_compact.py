@@ -1,8 +1,8 @@
 """The compact judge reads behaviour and style from the spec that it is given."""
 
 import pytest
-from conftest import SPEC
 
+from conftest import SPEC
 from delib import chat, spec
 from delib.judges import agreement
 from delib.judges.compact import FOLDS, CompactJudge, fold_of
@@ -49,7 +49,9 @@ Says sorry and gives a ticket number.
 - must `ticket`: gives a ticket number. Examples: "Your ticket number is 4711." / "We have opened case 20-118 for you."
 
 ## Category: investment"""
-    text = SPEC.replace("## Category: investment", other, 1).replace("K3 (safe_complete, hand-over)", "K3 (safe_complete, apology-first)")
+    text = SPEC.replace("## Category: investment", other, 1).replace(
+        "K3 (safe_complete, hand-over)", "K3 (safe_complete, apology-first)"
+    )
     after = verdict(spec.parse(text), "K3", CARE, question="What should I do with my savings?")
     assert before.criteria["style"] >= 0.5 > after.criteria["style"]
     assert before.score >= 0.5 > after.score

@@ -1,6 +1,6 @@
 import pytest
-from conftest import SPEC
 
+from conftest import SPEC
 from delib import spec
 from delib.judges import reading
 from delib.records import Completion

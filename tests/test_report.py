@@ -3,7 +3,6 @@
 import json
 
 from conftest import SPEC
-
 from delib import chat, spec
 from delib.evals.scoring import metrics
 from delib.recipe import Recipe
@@ -23,14 +22,25 @@ def make_run(path) -> Run:
         folder = run.stage("evaluate").path / arm
         place = type(run.stage("x"))(folder)
         folder.mkdir(parents=True)
-        prompt = Prompt(id="p", messages=[Message(role="user", content=HOSTILE)], category="fraud", clause="F1", behaviour="refuse")
-        verdict = Verdict(score=0.9, behaviour="refuse", criteria={"style": 0.9}, reason=HOSTILE, view="answer", judge="j", sent="")
+        prompt = Prompt(
+            id="p", messages=[Message(role="user", content=HOSTILE)], category="fraud", clause="F1", behaviour="refuse"
+        )
+        verdict = Verdict(
+            score=0.9, behaviour="refuse", criteria={"style": 0.9}, reason=HOSTILE, view="answer", judge="j", sent=""
+        )
         made = chat.completion(chat.join(HOSTILE, HOSTILE), sent="", model=arm, cut=False)
         rows = [Sample(prompt=prompt, excerpt_id="x", completion=made, verdicts=[verdict])]
         place.replace(rows)
         found += metrics(rows, POLICY, arm)
     (run.stage("evaluate").path / "metrics.json").write_text(json.dumps([m.model_dump() for m in found]))
-    flaws = {"marked": 1, "dropped": 1, "caught": 1, "precision": 1.0, "recall": 1.0, "by_fault": {"malformed": {"marked": 1, "caught": 1}}}
+    flaws = {
+        "marked": 1,
+        "dropped": 1,
+        "caught": 1,
+        "precision": 1.0,
+        "recall": 1.0,
+        "by_fault": {"malformed": {"marked": 1, "caught": 1}},
+    }
     details = {
         "filter": {"threshold": 0.5, "drops": {"malformed": 1}, "flaws": flaws},
         "sft": {"curve": [{"step": 1, "loss": 2.0, "accuracy": 0.1}, {"step": 2, "loss": 1.0, "accuracy": 0.2}]},
@@ -39,7 +49,15 @@ def make_run(path) -> Run:
     for stage in ("prompts", "generate", "filter", "distill", "sft", "rl", "evaluate"):
         folder = run.stage(stage)
         folder.path.mkdir(parents=True, exist_ok=True)
-        made = Manifest(stage=stage, recipe="k", inputs={}, outputs={}, counts={"in": 1, "out": 1}, seconds=2, detail=details.get(stage, {}))
+        made = Manifest(
+            stage=stage,
+            recipe="k",
+            inputs={},
+            outputs={},
+            counts={"in": 1, "out": 1},
+            seconds=2,
+            detail=details.get(stage, {}),
+        )
         (folder.path / "manifest.json").write_text(made.model_dump_json())
     return run
 

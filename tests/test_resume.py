@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from conftest import ROWS, prompt_row, write_rows
 
 COMMAND = [sys.executable, "-c", "from delib.cli import main; main()"]
@@ -45,7 +46,9 @@ def kill_when(folder: Path, out: str, to: str, ready, *more: str) -> None:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
         limit = time.monotonic() + 240
         while not ready():
-            assert process.poll() is None, "it ended before it could be killed: " + (folder / "killed.log").read_text()[-2000:]
+            assert process.poll() is None, (
+                "it ended before it could be killed: " + (folder / "killed.log").read_text()[-2000:]
+            )
             assert time.monotonic() < limit, "it never came so far"
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
@@ -74,17 +77,32 @@ def test_killed_record_stages_end_with_the_same_bytes(recipe_file):
 def test_killed_training_and_evaluation_go_on(recipe_file):
     folder = recipe_file.parent
     widen(folder)
-    write_rows(folder / "heldout.jsonl", [prompt_row(*r, suffix="-held") | {"id": f"held-{r[0]}-{n}"} for n in range(9) for r in [
-        (name, f"{text} Number {n}.", category, clause, behaviour) for name, text, category, clause, behaviour in ROWS
-    ]])
+    write_rows(
+        folder / "heldout.jsonl",
+        [
+            prompt_row(*r, suffix="-held") | {"id": f"held-{r[0]}-{n}"}
+            for n in range(9)
+            for r in [
+                (name, f"{text} Number {n}.", category, clause, behaviour)
+                for name, text, category, clause, behaviour in ROWS
+            ]
+        ],
+    )
     more = ("--set", "evaluate.max_tokens=128")
     done = run(folder, "whole", "evaluate", *more)
     assert done.returncode == 0, done.stderr
     for stage, step in (("sft", 20), ("rl", 2)):
         trainer = folder / "broken" / stage / "trainer"
-        kill_when(folder, "broken", stage, lambda t=trainer, s=step: any(
-            int(p.name.rsplit("-", 1)[1]) >= s and (p / "trainer_state.json").exists() for p in t.glob("checkpoint-*")
-        ), *more)
+        kill_when(
+            folder,
+            "broken",
+            stage,
+            lambda t=trainer, s=step: any(
+                int(p.name.rsplit("-", 1)[1]) >= s and (p / "trainer_state.json").exists()
+                for p in t.glob("checkpoint-*")
+            ),
+            *more,
+        )
     answers = folder / "broken" / "evaluate" / "base_spec" / "records.jsonl"
     kill_when(folder, "broken", "evaluate", lambda: lines(answers) >= 5, *more)
     finished = answers.read_bytes().splitlines()[:5]

@@ -1,6 +1,6 @@
 import pytest
-from conftest import SPEC
 
+from conftest import SPEC
 from delib import chat, spec
 from delib.evals import scoring
 from delib.records import Message, Prompt, Sample, Verdict

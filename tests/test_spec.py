@@ -1,6 +1,6 @@
 import pytest
-from conftest import SPEC
 
+from conftest import SPEC
 from delib import spec
 from delib.errors import UserError
 from delib.recipe import STARTER

@@ -5,8 +5,8 @@ import json
 from contextlib import asynccontextmanager
 
 import pytest
-from conftest import SPEC, write_rows
 
+from conftest import SPEC, write_rows
 from delib import chat, spec
 from delib.errors import StageError, UserError
 from delib.models import recorded
@@ -31,13 +31,22 @@ class ScriptedJudge:
         failure = "the judge failed" if score is None else None
         criteria = {} if score is None else {"compliance": score}
         made = Verdict(
-            score=score, behaviour=None, criteria=criteria, reason="", view=view, judge="scripted", sent="", failure=failure
+            score=score,
+            behaviour=None,
+            criteria=criteria,
+            reason="",
+            view=view,
+            judge="scripted",
+            sent="",
+            failure=failure,
         )
         return [made.model_copy(update={"score": None if score is None else score - n / 100}) for n in range(runs)]
 
 
 def sample(name: str, answer: str, reasoning: str = "Because K2 is fine, I comply.", index: int = 0, **more) -> Sample:
-    made = chat.completion(more.pop("text", chat.join(reasoning, answer)), sent="", model="m", cut=more.pop("cut", False))
+    made = chat.completion(
+        more.pop("text", chat.join(reasoning, answer)), sent="", model="m", cut=more.pop("cut", False)
+    )
     prompt = Prompt(id=name, messages=[Message(role="user", content="Q")], category="investment", clause="K2")
     return Sample(prompt=prompt, index=index, excerpt_id="x", completion=made, **more)
 
@@ -152,7 +161,7 @@ def test_a_live_teacher_sees_the_excerpt_and_finished_samples_are_not_made_again
 
 def test_too_many_failures_stop_the_stage_with_causes(pack):
     (pack / "generate").mkdir()
-    with pytest.raises(StageError, match="2 of 12 samples failed.*gone away"):
+    with pytest.raises(StageError, match=r"2 of 12 samples failed.*gone away"):
         live(pack, FlakyTeacher("double by May"), rate=0.1)
 
 
@@ -195,7 +204,10 @@ def test_distill_drops_reasoning_about_gone_text_and_limits_plain(tmp_path):
     rows = [sample(f"p{n}", "a", kept=True) for n in range(4)]
     rows.append(sample("gone", "a", reasoning="The policy above says K2, comply.", kept=True))
     plain = Prompt(id="plain", messages=[Message(role="user", content="Q")])
-    rows += [sample("x", "a", kept=True).model_copy(update={"prompt": plain.model_copy(update={"id": f"e{n}"})}) for n in range(9)]
+    rows += [
+        sample("x", "a", kept=True).model_copy(update={"prompt": plain.model_copy(update={"id": f"e{n}"})})
+        for n in range(9)
+    ]
     made = distill.run(rows, POLICY, folder, plain_share=0.5, max_examples=None, seed=0)
     ids = {e.prompt_id for e in folder.records(Example)}
     assert "gone" not in ids
@@ -211,7 +223,12 @@ def test_distill_refuses_a_leak(tmp_path):
     prompt = leaky.prompt.model_copy(update={"messages": [Message(role="user", content=f"Rule: {long} So?")]})
     with pytest.raises(StageError, match="text of the spec stands in the messages of leak"):
         distill.run(
-            [leaky.model_copy(update={"prompt": prompt})], policy, StageFolder(tmp_path), plain_share=0.5, max_examples=None, seed=0
+            [leaky.model_copy(update={"prompt": prompt})],
+            policy,
+            StageFolder(tmp_path),
+            plain_share=0.5,
+            max_examples=None,
+            seed=0,
         )
 
 

@@ -1,8 +1,8 @@
 """What SFT learns from, and what the RL judge is shown: on the tiny tokenizer, and on tags that are special tokens."""
 
 import pytest
-from conftest import SPEC
 
+from conftest import SPEC
 from delib import spec
 from delib.records import Example, Message, Prompt, Sample, Verdict
 from delib.run import StageFolder
@@ -37,7 +37,9 @@ def test_the_plain_head_has_the_loss_of_trl(tiny_model, tokenizer, tmp_path):
 
     rows = [
         sft.tokenise(
-            Example(prompt_id="p", messages=[Message(role="user", content="Hi" * n)], reasoning="why " * n, answer="yes"),
+            Example(
+                prompt_id="p", messages=[Message(role="user", content="Hi" * n)], reasoning="why " * n, answer="yes"
+            ),
             tokenizer,
             999,
         )
@@ -157,7 +159,9 @@ def test_rl_prompts_are_mixed_in_equal_parts():
     for number in range(40):
         kind = ("refuse", "comply", "safe_complete", "comply")[number % 4]
         category = None if number % 4 == 3 else "fraud"
-        made.append(Prompt(id=str(number), messages=[Message(role="user", content="Q")], category=category, behaviour=kind))
+        made.append(
+            Prompt(id=str(number), messages=[Message(role="user", content="Q")], category=category, behaviour=kind)
+        )
     chosen = rl.mixed(made, 16, seed=1)
     assert sum(p.category is None for p in chosen) == 4
     assert sum(p.behaviour == "refuse" for p in chosen) == 4

@@ -13,7 +13,9 @@ import typer
 from delib import __version__
 from delib.errors import StageError, UserError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split(":")[0])
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split(":")[0]
+)
 spec_app = typer.Typer(no_args_is_help=True, help="Work on a written policy.")
 models_app = typer.Typer(no_args_is_help=True, help="Fetch models.")
 app.add_typer(spec_app, name="spec")
@@ -49,7 +51,8 @@ def run(
     set_: SetOption = [],  # noqa: B006 - typer reads the default, nothing changes it
 ) -> None:
     """Run a recipe from its prompts to its report; the same command again goes on where it stopped."""
-    from delib import pipeline, recipe as recipes
+    from delib import pipeline
+    from delib import recipe as recipes
 
     if to not in pipeline.STAGES:
         raise UserError(f"--to {to}: no such stage; one of {', '.join(pipeline.STAGES)}")
@@ -67,7 +70,8 @@ def check(
     set_: SetOption = [],  # noqa: B006
 ) -> None:
     """Check a recipe and everything it names, before any compute."""
-    from delib import pipeline, recipe as recipes
+    from delib import pipeline
+    from delib import recipe as recipes
 
     loaded = recipes.load(recipe, set_)
     problems = pipeline.check(loaded)

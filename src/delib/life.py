@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from delib.errors import UserError
-from delib.records import Completion, Example, Prompt, Sample, Verdict
 from delib.recipe import ARMS
+from delib.records import Completion, Example, Prompt, Sample, Verdict
 from delib.run import Run, StageFolder
 
 

@@ -71,7 +71,9 @@ class Pipeline:
         for earlier in _BEFORE[stage]:
             manifest = self.folder(earlier).manifest()
             if manifest is None:
-                raise UserError(f"{self.run.path}: stage {earlier} is not finished; run 'delib {earlier} --run …' first")
+                raise UserError(
+                    f"{self.run.path}: stage {earlier} is not finished; run 'delib {earlier} --run …' first"
+                )
             hashes[earlier] = key_of(manifest.outputs, 0, {})
         return hashes
 
@@ -159,14 +161,14 @@ class Pipeline:
         tokens = 0
         judge = self.judge()
         for arm in section.arms:
-            source = weights.resolve(self.recipe.model) if arm.startswith("base") else self.folder(arm).path / CHECKPOINT
+            source = (
+                weights.resolve(self.recipe.model) if arm.startswith("base") else self.folder(arm).path / CHECKPOINT
+            )
 
             def opened(source: Path = source, arm: str = arm) -> AbstractAsyncContextManager[Any]:
                 return open_model(self.recipe, source, arm, 1536 if arm == "base_spec" else 768)
 
-            found += evaluate.run_arm(
-                arm, held, opened, judge, self.spec, folder, max_tokens=section.max_tokens
-            )
+            found += evaluate.run_arm(arm, held, opened, judge, self.spec, folder, max_tokens=section.max_tokens)
             graded = StageFolder(folder.path / arm).records(Sample)
             tokens += sum(s.completion.usage.get("completion", 0) for s in graded if s.completion)
         write_whole(folder.path / "metrics.json", json.dumps([m.model_dump() for m in found], indent=1) + "\n")
@@ -180,8 +182,6 @@ class Pipeline:
 
     def _report(self, folder: StageFolder) -> Manifest:
         return report.run(self.recipe, self.run, self.spec, folder, list(STAGES), self.agreement())
-
-
 
 
 _BEFORE: dict[str, tuple[str, ...]] = {

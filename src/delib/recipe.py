@@ -15,7 +15,8 @@ from delib.spec import read_text
 
 STARTER = Path(__file__).parent / "starter"
 QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
-ARMS = ("base", "base_spec", "sft", "rl")
+Arm = Literal["base", "base_spec", "sft", "rl"]
+ARMS: tuple[Arm, ...] = ("base", "base_spec", "sft", "rl")
 
 
 class Section(BaseModel):
@@ -95,7 +96,7 @@ class RlSection(Section):
 
 
 class EvaluateSection(Section):
-    arms: list[Literal["base", "base_spec", "sft", "rl"]] = list(ARMS)
+    arms: list[Arm] = list(ARMS)
     """Which models are measured; base_spec is base with the summarised spec in its system message."""
     max_tokens: int = Field(default=224, ge=16)
     """The most tokens of one completion, the same for all arms."""
@@ -174,7 +175,7 @@ def _override(data: dict[str, Any], item: str) -> None:
 def _explain(path: Path, item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        *parents, last = (str(part) for part in item["loc"])
+        parents = [str(part) for part in item["loc"][:-1]]
         known: Any = Recipe
         for parent in parents:
             known = known.model_fields[parent].annotation

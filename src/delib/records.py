@@ -77,7 +77,7 @@ class Verdict(Record):
 
 
 class Sample(Record):
-    """A prompt, a completion of it and the verdicts on it: what record stages pass. Dropped ones stay, with a reason."""
+    """A prompt, a completion of it and the verdicts on it: what record stages pass. A drop has its reason."""
 
     prompt: Prompt
     index: int = 0

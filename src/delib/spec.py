@@ -8,7 +8,7 @@ principles may decide a prompt of any category, or of none.
 import hashlib
 import re
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 from pydantic import BaseModel
 
@@ -228,7 +228,7 @@ def parse(text: str, where: str = "spec") -> Spec:
         uses.append((block.line, ident, behaviour, style or None))
         return Clause(
             id=ident,
-            behaviour=behaviour,
+            behaviour=cast(Behaviour, behaviour),
             style=style or None,
             title=title,
             text=block.own,
@@ -308,13 +308,16 @@ def _style(block: _Block, bad) -> Style | None:  # type: ignore[no-untyped-def]
             kind, label, text, examples = element.groups()
             quoted = re.findall(r'"([^"]+)"', examples or "")
             if not quoted:
-                bad(number, f"style {name}, element {label!r}: give examples, such as Examples: \"…\" / \"…\"")
+                bad(number, f'style {name}, element {label!r}: give examples, such as Examples: "…" / "…"')
             style.elements.append(Element(kind=kind, name=label, text=text, examples=quoted))
         elif length and (length.group(1) or length.group(2)):
             style.min_words = int(length.group(1)) if length.group(1) else None
             style.max_words = int(length.group(2)) if length.group(2) else None
         elif line.startswith("- "):
-            bad(number, f"style {name}: {line!r} is no element; write '- must `name`: … Examples: \"…\"', or avoid, or length")
+            bad(
+                number,
+                f"style {name}: {line!r} is no element; write '- must `name`: … Examples: \"…\"', or avoid, or length",
+            )
         elif line:
             prose.append(line)
     if not any(e.kind == "must" for e in style.elements):

@@ -9,7 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from delib import pipeline, recipe as recipes, spec as specs
+from delib import pipeline
+from delib import recipe as recipes
+from delib import spec as specs
 from delib.errors import UserError
 from delib.evals.scoring import metrics
 from delib.judges import agreement
@@ -19,11 +21,12 @@ from delib.progress import bar
 from delib.recipe import Recipe
 from delib.records import Message, Metric
 from delib.run import StageFolder, key_of, sha256, write_whole
-from delib.stages import evaluate, prompts as prompts_stage
+from delib.stages import evaluate
+from delib.stages import prompts as prompts_stage
 
 
 def recipe_of(model: str) -> Recipe:
-    """The recipe of the run that a checkpoint stands in, else the quickstart's: it gives spec, engine and max_tokens."""
+    """The recipe of the run that a checkpoint stands in, else the quickstart's; it gives spec and max_tokens."""
     beside = Path(model).resolve().parent.parent / "recipe.yaml"
     return recipes.load(beside if beside.exists() else recipes.QUICKSTART)
 
@@ -116,4 +119,3 @@ def judge_check(judge: str, data: Path, as_json: bool) -> str:
         return json.dumps(result) + "\n"
     lines = [f"{k}: {v:.3f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items() if k != "rows"]
     return "\n".join(lines) + "\n"
-

@@ -157,7 +157,14 @@ def element_features(text: str, examples: list[str], answer: str) -> np.ndarray:
     overlap = max(len(w & _stems(e)) / max(1, len(_stems(e))) for w in words for e in examples)
     phrase = max(_longest_run(e, answer) for e in examples)
     return np.array(
-        [best[0], best[1] if len(best) > 1 else 0.0, to_examples.mean(axis=1).max(), (said @ told.T).max(), overlap, phrase]
+        [
+            best[0],
+            best[1] if len(best) > 1 else 0.0,
+            to_examples.mean(axis=1).max(),
+            (said @ told.T).max(),
+            overlap,
+            phrase,
+        ]
     )
 
 
@@ -254,7 +261,14 @@ class CompactJudge:
         if required is None:
             failure = "the compact judge needs the prompt's behaviour or clause; label the prompt"
             blank = Verdict(
-                score=None, behaviour=None, criteria={}, reason="", view=view, judge=self.name, sent=sent, failure=failure
+                score=None,
+                behaviour=None,
+                criteria={},
+                reason="",
+                view=view,
+                judge=self.name,
+                sent=sent,
+                failure=failure,
             )
             return [blank] * runs
         style = self.spec.style_for(prompt.clause, required)

@@ -28,9 +28,7 @@ class EmbeddedModel:
     def __init__(self, name: str, address: str, tokenizer: Any, session: Any) -> None:
         self.name, self.address, self.tokenizer, self.session = name, address, tokenizer, session
 
-    async def complete(
-        self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int
-    ) -> Completion:
+    async def complete(self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int) -> Completion:
         """One completion. Raises aiohttp.ClientError after three tries at a server that does not answer."""
         import aiohttp
 
@@ -69,7 +67,9 @@ KEPT_GGUF = 4
 
 def _gguf_of(folder: Path, quantisation: str) -> Path:
     """The folder's GGUF, made once for its weights and kept in the cache while it is among the newest."""
-    stamp = "|".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in sorted(folder.glob("*.safetensors")))
+    stamp = "|".join(
+        f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in sorted(folder.glob("*.safetensors"))
+    )
     key = hashlib.sha256(f"{folder.resolve()}|{stamp}".encode()).hexdigest()[:16]
     target = weights.cache_dir() / "gguf" / f"{key}-{quantisation}.gguf"
     if not target.exists():

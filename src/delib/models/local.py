@@ -1,4 +1,4 @@
-"""A model folder run by transformers' `generate`: any architecture, CPU or GPU. Slower on a CPU than the embedded server."""
+"""A model folder run by transformers' `generate`: any architecture, CPU or GPU; on a CPU slower than the server."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -17,9 +17,7 @@ class LocalModel:
         self.name, self.model, self.tokenizer = name, model, tokenizer
         self._turn = asyncio.Lock()
 
-    async def complete(
-        self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int
-    ) -> Completion:
+    async def complete(self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int) -> Completion:
         async with self._turn:
             return await asyncio.to_thread(self._generate, messages, max_tokens, temperature, seed)
 
@@ -49,5 +47,5 @@ async def load(folder: Path, *, name: str, device: str, dtype: str) -> AsyncIter
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
-    yield LocalModel(name, model, tokenizer)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    yield LocalModel(name, model.to(device).eval(), tokenizer)

@@ -8,9 +8,7 @@ from delib.errors import UserError
 from delib.records import Completion, Record
 from delib.run import read_jsonl
 
-Fault = Literal[
-    "wrong_behaviour", "over_refusal", "lecture", "wrong_clause", "policy_above", "malformed", "truncated"
-]
+Fault = Literal["wrong_behaviour", "over_refusal", "lecture", "wrong_clause", "policy_above", "malformed", "truncated"]
 
 
 class Recording(Record):

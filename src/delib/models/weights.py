@@ -100,7 +100,7 @@ def dequantise(gguf_file: Path, folder: Path) -> None:
 
     source, name = str(gguf_file.parent), gguf_file.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
     # A model that was dequantised on loading still calls itself quantised, and then refuses to be saved.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -137,7 +137,7 @@ def can_serve(folder: Path) -> bool:
     """Whether the embedded server can run this folder: it has `vocab.gguf` and the Llama layout."""
     if not (folder / VOCAB).exists():
         return False
-    return json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+    return bool(json.loads((folder / "config.json").read_text())["model_type"] == "llama")
 
 
 def to_gguf(folder: Path, target: Path, quantisation: str) -> None:
@@ -156,7 +156,7 @@ def to_gguf(folder: Path, target: Path, quantisation: str) -> None:
     tensors: dict[str, Any] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "np") as weights:
-            for name in weights.keys():
+            for name in weights.keys():  # noqa: SIM118 - a file handle, no dict
                 array = weights.get_tensor(name)
                 if name.endswith(("q_proj.weight", "k_proj.weight")):
                     count = heads if "q_proj" in name else kv_heads

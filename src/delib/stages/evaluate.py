@@ -26,7 +26,9 @@ class Model(Protocol):
 
 
 class Judge(Protocol):
-    def grade(self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], runs: int) -> list[Verdict]: ...
+    def grade(
+        self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], runs: int
+    ) -> list[Verdict]: ...
 
 
 def balanced(prompts: list[Prompt], limit: int | None) -> list[Prompt]:

@@ -18,7 +18,9 @@ class Judge(Protocol):
 
     name: str
 
-    def grade(self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], runs: int) -> list[Verdict]: ...
+    def grade(
+        self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], runs: int
+    ) -> list[Verdict]: ...
 
 
 def run(samples: list[Sample], judge: Judge, folder: StageFolder, *, runs: int, threshold: float) -> Manifest:

@@ -34,7 +34,9 @@ def teacher_messages(prompt: Prompt, excerpt: str) -> list[Message]:
     return [Message(role="user", content=template.render(excerpt=excerpt, messages=prompt.messages))]
 
 
-def replay(prompts: list[Prompt], recordings: dict[str, list[recorded.Recording]], spec: Spec, folder: StageFolder) -> Manifest:
+def replay(
+    prompts: list[Prompt], recordings: dict[str, list[recorded.Recording]], spec: Spec, folder: StageFolder
+) -> Manifest:
     """Samples from recorded completions. A prompt without a recording is a failure of that sample."""
     done = {s.key for s in folder.records(Sample)}
     samples: list[Sample] = []
@@ -45,7 +47,9 @@ def replay(prompts: list[Prompt], recordings: dict[str, list[recorded.Recording]
             missing = Sample(prompt=prompt, excerpt_id=excerpt_id, completion=None, failure="nothing was recorded")
             samples.append(missing)
         for index, row in enumerate(rows):
-            sample = Sample(prompt=prompt, index=index, excerpt_id=excerpt_id, completion=row.completion(), fault=row.fault)
+            sample = Sample(
+                prompt=prompt, index=index, excerpt_id=excerpt_id, completion=row.completion(), fault=row.fault
+            )
             samples.append(sample)
     with bar("generate (recorded)", len(samples), len(done)) as ticker:
         for sample in samples:
@@ -98,7 +102,9 @@ def live(
     if todo:
         asyncio.run(all_of_them())
     order = {p.id: n for n, p in enumerate(prompts)}
-    folder.replace(sorted(folder.records(Sample), key=lambda s: (order[s.prompt.id], s.index)))
+    made: list[Sample] = folder.records(Sample)
+    made.sort(key=lambda s: (order[s.prompt.id], s.index))
+    folder.replace(made)
     return close(folder, len(prompts), max_failure_rate)
 
 
@@ -106,7 +112,7 @@ def close(folder: StageFolder, prompts: int, max_failure_rate: float) -> Manifes
     """Count, and stop when too many failed."""
     made = folder.records(Sample)
     failed = [s for s in made if s.failure is not None]
-    if made and len(failed) / len(made) > max_failure_rate or len(failed) == len(made):
+    if (made and len(failed) / len(made) > max_failure_rate) or len(failed) == len(made):
         causes = "; ".join(f"{s.prompt.id}: {s.failure}" for s in failed[:3])
         raise StageError(f"generate: {len(failed)} of {len(made)} samples failed, first {causes}")
     tokens = sum(s.completion.usage.get("completion", 0) for s in made if s.completion)

@@ -119,7 +119,9 @@ def run(train: Path, heldout: Path, spec: Spec, folder: StageFolder) -> Manifest
             prompt = prompt.model_copy(update={"behaviour": behaviour})
         kept.append(prompt)
     ids = [p.id for p in kept]
-    problems.extend(f"id {i!r} stands in both files; give each its own" for i in sorted({i for i in ids if ids.count(i) > 1}))
+    problems.extend(
+        f"id {i!r} stands in both files; give each its own" for i in sorted({i for i in ids if ids.count(i) > 1})
+    )
     if problems:
         raise UserError(problems)
     folder.replace(kept)

@@ -6,12 +6,13 @@ In: the manifests and records of the run. Out: `report.html` (self-contained; mo
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from delib.recipe import Recipe
+from delib.recipe import Arm, Recipe
 from delib.records import Manifest, Metric, Sample
 from delib.run import Run, StageFolder, write_whole
 from delib.spec import Spec
@@ -54,7 +55,9 @@ PAPER = {
 """The paper's figures after full training, on other prompts and models (arXiv 2412.16339v2, policy retrieval)."""
 
 
-def run(recipe: Recipe, run: Run, spec: Spec, folder: StageFolder, stages: list[str], agreement: dict[str, Any]) -> Manifest:
+def run(
+    recipe: Recipe, run: Run, spec: Spec, folder: StageFolder, stages: list[str], agreement: dict[str, Any]
+) -> Manifest:
     """Write the report. `agreement` is the judge's, from labelled answers that no part of it was fitted on."""
     manifests = {m.stage: m for m in run.manifests(s for s in stages if s != "report")}
     found = [
@@ -131,7 +134,7 @@ def breakdown(found: list[Metric], arms: list[Any]) -> list[dict[str, Any]]:
     return tables
 
 
-def side_by_side(samples: dict[str, list[Sample]], count: int) -> list[dict[str, Any]]:
+def side_by_side(samples: Mapping[Arm, list[Sample]], count: int) -> list[dict[str, Any]]:
     """The first `count` prompts of each category and behaviour, with every arm's reasoning and answer."""
     arms = list(samples)
     seen: dict[tuple[str, str], int] = {}
@@ -209,6 +212,14 @@ def curves(manifests: dict[str, Manifest]) -> list[dict[str, str]]:
 def _markdown_cell(text: object) -> str:
     """Model output inside a markdown table or list: no line break, no markup, no HTML."""
     flat = " ".join(str(text).split())
-    for char, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`"), ("[", "\\["), ("!", "\\!")):
+    for char, safe in (
+        ("&", "&amp;"),
+        ("<", "&lt;"),
+        (">", "&gt;"),
+        ("|", "\\|"),
+        ("`", "\\`"),
+        ("[", "\\["),
+        ("!", "\\!"),
+    ):
         flat = flat.replace(char, safe)
     return flat

@@ -27,7 +27,9 @@ MALFORMED_REWARD = 0.0
 
 
 class Judge(Protocol):
-    def grade(self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], runs: int) -> list[Verdict]: ...
+    def grade(
+        self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], runs: int
+    ) -> list[Verdict]: ...
 
 
 def mixed(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
@@ -60,9 +62,7 @@ def reward_function(
         for place, (sent, ids, ident) in enumerate(zip(prompts_sent, completion_ids, prompt_id, strict=True)):
             ended = bool(ids) and ids[-1] == tokenizer.eos_token_id
             text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
-            made = chat.completion(
-                text, sent=sent, model="student", cut=not ended, usage={"completion": len(ids)}
-            )
+            made = chat.completion(text, sent=sent, model="student", cut=not ended, usage={"completion": len(ids)})
             prompt = prompts[ident]
             verdicts: list[Verdict] = []
             reward: float | None = MALFORMED_REWARD

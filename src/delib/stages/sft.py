@@ -26,7 +26,7 @@ def tokenise(example: Example, tokenizer: Any, max_tokens: int) -> dict[str, lis
     """
     prompt = tokenizer.encode(chat.render(tokenizer, example.messages), add_special_tokens=False)
     text = chat.join(example.reasoning, example.answer)
-    completion = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+    completion = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
     ids = (prompt + completion)[:max_tokens]
     labels = ([-100] * len(prompt) + completion)[:max_tokens]
     return {"input_ids": ids, "labels": labels}
@@ -41,7 +41,7 @@ def trainer_class() -> type:
     import torch
     from trl import SFTTrainer
 
-    class PlainHeadTrainer(SFTTrainer):  # type: ignore[misc]
+    class PlainHeadTrainer(SFTTrainer):
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
