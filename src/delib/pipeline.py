@@ -16,7 +16,7 @@ from delib import spec as specs
 from delib.errors import UserError
 from delib.judges import agreement
 from delib.judges.compact import CompactJudge
-from delib.models import embedded, local, recorded, weights
+from delib.models import embedded, local, memory, recorded, weights
 from delib.progress import say
 from delib.recipe import Recipe
 from delib.records import Example, Manifest, Metric, Prompt, Sample
@@ -43,6 +43,7 @@ class Pipeline:
     """A recipe and its run folder. Inputs are read and checked when it is made, before any compute."""
 
     def __init__(self, recipe: Recipe, run: Run) -> None:
+        memory.keep()
         self.recipe, self.run = recipe, run
         self.spec_path = recipes.path_of(recipe.spec)
         self.spec: Spec = specs.load(self.spec_path)
