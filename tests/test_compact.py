@@ -5,7 +5,7 @@ import pytest
 from conftest import SPEC
 from delib import chat, spec
 from delib.judges import agreement
-from delib.judges.compact import FOLDS, CompactJudge, fold_of
+from delib.judges.compact import CompactJudge, _fit_rows, fold_of
 from delib.recipe import STARTER
 from delib.records import Message, Prompt
 
@@ -92,22 +92,17 @@ def test_unlabelled_prompts_are_ungraded_not_zero():
 def test_members_differ_and_none_was_fitted_on_the_prompt():
     from delib.judges import compact
 
-    judge = CompactJudge(POLICY)
     ident = compact._fit_rows()[-1].id
-    members = judge._members(ident, 3)
-    assert len({id(m) for m in members}) == 3
-    used = [rows for rows in range(FOLDS) if rows == fold_of(ident)]
-    assert used, "the prompt has a fold"
-    for other in range(FOLDS):
-        if other != fold_of(ident):
-            assert compact._behaviours(frozenset({fold_of(ident), other})) in members
+    members = CompactJudge(POLICY)._members(ident, 3)
+    assert len(set(members)) == 3
+    assert all(fold_of(ident) in left_out for left_out in members)
+    assert CompactJudge(POLICY)._members(ident, 1) == [frozenset({fold_of(ident)})]
+    assert CompactJudge(POLICY)._members("never seen", 1) == [frozenset()]
 
 
 def test_agreement_with_the_blind_labels():
     rows = agreement.load(agreement.LABELS)
-    fitted = {fold.id for fold in __import__("delib.judges.compact", fromlist=["x"])._fit_rows()}
-    fitted_prompts = {r.messages[-1].content for r in __import__("delib.judges.compact", fromlist=["x"])._fit_rows()}
-    assert not fitted & {r.id for r in rows}
+    fitted_prompts = {r.messages[-1].content for r in _fit_rows()}
     assert not fitted_prompts & {r.messages[-1].content for r in rows}
     assert len(rows) >= 300
     assert min(sum(r.label == "comply" for r in rows), sum(r.label != "comply" for r in rows)) >= 100

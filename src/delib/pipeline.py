@@ -13,19 +13,21 @@ from typing import Any
 
 from delib import recipe as recipes
 from delib import spec as specs
-from delib.errors import UserError
+from delib.errors import StageError, UserError
 from delib.judges import agreement
 from delib.judges.compact import CompactJudge
 from delib.models import embedded, local, memory, recorded, weights
 from delib.progress import say
 from delib.recipe import Recipe
 from delib.records import Example, Manifest, Metric, Prompt, Sample
-from delib.run import RECORDS, Run, StageFolder, free_megabytes, key_of, sha256, write_whole
+from delib.run import RECORDS, Run, StageFolder, disk_error, free_megabytes, key_of, sha256, write_whole
 from delib.spec import Spec
 from delib.stages import distill, evaluate, filter, generate, prompts, report, rl, sft
 
 STAGES = ("prompts", "generate", "filter", "distill", "sft", "rl", "evaluate", "report")
 CHECKPOINT = "checkpoint"
+FULL_MEGABYTES = 700
+"""Less than one checkpoint of a 135M float32 model: a failed write of tensors was for want of space."""
 NEEDED_MEGABYTES = 6000
 """Two checkpoints of a 135M float32 model, their optimiser state while training, and the GGUF copies."""
 
@@ -95,7 +97,19 @@ class Pipeline:
         if folder.begin(key):
             say(f"{stage}: its inputs changed, so it is made anew; the old one is in {folder.path.name}.stale")
         started = time.monotonic()
-        made: Manifest = _RUN[stage](self, folder)
+        try:
+            made: Manifest = _RUN[stage](self, folder)
+        except (UserError, StageError):
+            raise
+        except OSError as error:
+            raise disk_error(folder.path, error) from error
+        except Exception as error:
+            # Writers of tensors tell a full disk in words of their own; anything else is a bug and stays one.
+            if free_megabytes(folder.path) >= FULL_MEGABYTES:
+                raise
+            raise StageError(
+                f"{folder.path}: the disk is full; what was finished stands, make room and run the same command again"
+            ) from error
         seconds = time.monotonic() - started
         named = {"recipe": key, "inputs": self.inputs(stage), "seconds": round(seconds, 1)}
         final = folder.finish(made.model_copy(update=named), _OUTPUTS[stage](folder))
@@ -236,12 +250,11 @@ def open_run(path: Path) -> Pipeline:
 
 def start_run(recipe: Recipe, path: Path) -> Pipeline:
     """Make or reopen a run folder for a recipe."""
-    pipeline = Pipeline(recipe, Run(path))
     problems = check(recipe)
     if problems:
         raise UserError(problems)
     write_whole(path / "recipe.yaml", recipes.dump(recipe))
-    return pipeline
+    return Pipeline(recipe, Run(path))
 
 
 def check(recipe: Recipe) -> list[str]:
@@ -256,9 +269,8 @@ def check(recipe: Recipe) -> list[str]:
             return None
 
     spec = attempt(lambda: specs.load(recipes.path_of(recipe.spec)))
-    if spec is not None:
-        attempt(lambda: prompts.load(recipes.path_of(recipe.prompts.train), spec, "train"))
-        attempt(lambda: prompts.load(recipes.path_of(recipe.prompts.heldout), spec, "heldout"))
+    attempt(lambda: prompts.load(recipes.path_of(recipe.prompts.train), spec, "train"))
+    attempt(lambda: prompts.load(recipes.path_of(recipe.prompts.heldout), spec, "heldout"))
     if recipe.generate.teacher == "recorded":
         attempt(lambda: recorded.load(recipes.path_of(recipe.generate.recordings)))
     return problems

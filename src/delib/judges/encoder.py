@@ -67,6 +67,21 @@ def _model() -> tuple[Any, Any]:
 _known: dict[str, np.ndarray] = {}
 
 
+def remember(texts: list[str]) -> None:
+    """Encode texts that every process needs again (a judge's own data): once, then from a file in the cache."""
+    ordered = sorted(set(texts))
+    key = hashlib.sha256("\0".join([SHA256, str(MAX_TOKENS), *ordered]).encode()).hexdigest()[:16]
+    file = cache_dir() / "vectors" / f"{key}.npy"
+    if file.exists():
+        _known.update(zip(ordered, np.load(file, allow_pickle=False), strict=True))
+        return
+    vectors = encode(ordered)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as scratch:
+        np.save(scratch, vectors, allow_pickle=False)
+    Path(scratch.name).replace(file)
+
+
 def encode(texts: list[str]) -> np.ndarray:
     """Unit vectors, shape (len(texts), 384); the mean over tokens, at most 128 a text. Each text is encoded once."""
     import torch

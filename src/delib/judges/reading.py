@@ -4,7 +4,6 @@ Nothing here knows a category or clause by name; names and IDs come from the Spe
 """
 
 import re
-from collections import Counter
 from typing import NamedTuple
 
 from delib.records import Behaviour, Completion
@@ -79,6 +78,11 @@ def conclude(reasoning: str, spec: Spec) -> Conclusion:
     return Conclusion(category, known, unknown, behaviour)
 
 
+def is_right(answer: str, expected: list[str]) -> bool:
+    """Whether any of the expected strings stands in the answer as whole words ("7" is not in "17")."""
+    return any(re.search(rf"(?<!\w){re.escape(e)}(?!\w)", answer, re.I) for e in expected)
+
+
 def points_at_gone_text(reasoning: str) -> bool:
     """Whether the reasoning speaks of a text that stood in the teacher's context and is gone for the student."""
     return _GONE.search(reasoning) is not None
@@ -92,12 +96,8 @@ def repetition(text: str) -> float:
 
 
 def looping(text: str) -> bool:
-    """Whether a text repeats itself: a run of four words stands four times or more, or most of its trigrams recur."""
-    words = text.lower().split()
-    if len(words) < 16:
-        return False
-    fours = Counter(tuple(words[i : i + 4]) for i in range(len(words) - 3))
-    return max(fours.values()) >= 4 or repetition(text) > 0.5
+    """Whether a text is mostly the same words again: most of its trigrams stood in it before."""
+    return len(text.split()) >= 16 and repetition(text) > 0.5
 
 
 def broken(completion: Completion) -> str | None:

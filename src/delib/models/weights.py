@@ -183,6 +183,22 @@ def freeze(model: Any, layers: int) -> None:
         layer.requires_grad_(False)
 
 
+def last_checkpoint(scratch: Path) -> Path | None:
+    """The trainer's newest whole checkpoint. One that was cut off while it was written is removed.
+
+    The trainer writes `trainer_state.json` last, so a checkpoint without it (or with half of it) is not whole.
+    """
+    found = sorted(scratch.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
+    for folder in found:
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            shutil.rmtree(folder)
+            continue
+        return folder
+    return None
+
+
 def save(model: Any, tokenizer: Any, base: Path, target: Path) -> None:
     """A model folder as safetensors, with the GGUF metadata that the embedded server needs where base has it."""
     scratch = target.with_name(target.name + ".part")

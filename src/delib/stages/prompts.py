@@ -22,8 +22,11 @@ def content_id(prompt: Prompt) -> str:
     return digest("\n".join(f"{m.role}: {m.content}" for m in prompt.messages))
 
 
-def load(path: Path, spec: Spec, split: Split) -> list[Prompt]:
-    """Read and check one file. Raises UserError listing every problem with its line."""
+def load(path: Path, spec: Spec | None, split: Split) -> list[Prompt]:
+    """Read and check one file. Raises UserError listing every problem with its line.
+
+    `spec` None: it could not be read, and only what does not need it is checked.
+    """
     problems: list[str] = []
     prompts: list[Prompt] = []
     lines: dict[str, int] = {}
@@ -71,12 +74,14 @@ def _reasons(error: Exception) -> list[str]:
     return found
 
 
-def _faults(prompt: Prompt, spec: Spec) -> list[str]:
+def _faults(prompt: Prompt, spec: Spec | None) -> list[str]:
     found = []
     if prompt.messages[-1].role != "user":
         found.append(f"ends on a turn of {prompt.messages[-1].role}; a prompt must end on a user turn")
     elif not prompt.messages[-1].content.strip():
         found.append("the last user turn is empty")
+    if spec is None:
+        return found
     names = [c.name for c in spec.categories]
     if prompt.category is not None and prompt.category not in names:
         found.append(f"category {prompt.category!r} is not in the spec; it has {', '.join(names)}")

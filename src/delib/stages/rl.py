@@ -95,7 +95,6 @@ def run(recipe: Recipe, prompts: list[Prompt], judge: Judge, spec: Spec, start: 
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import GRPOConfig, GRPOTrainer
 
     section = recipe.rl
@@ -135,12 +134,12 @@ def run(recipe: Recipe, prompts: list[Prompt], judge: Judge, spec: Spec, start: 
         processing_class=tokenizer,
         reward_funcs=reward_function(by_id, judge, spec, tokenizer, folder),
     )
-    last = get_last_checkpoint(str(scratch)) if scratch.exists() else None
-    graded_steps = int(Path(last).name.rsplit("-", 1)[1]) if last else 0
+    last = weights.last_checkpoint(scratch)
+    graded_steps = int(last.name.rsplit("-", 1)[1]) if last else 0
     per_step = section.prompts * section.group
     # Completions of steps after the checkpoint are made again; what was graded for them is taken back.
     folder.replace(s for s in folder.records(Sample) if s.index < graded_steps * per_step)
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     weights.save(model, tokenizer, start, folder.path / "checkpoint")
     history = [h for h in trainer.state.log_history if "reward" in h]
     shutil.rmtree(scratch, ignore_errors=True)
@@ -164,7 +163,7 @@ def run(recipe: Recipe, prompts: list[Prompt], judge: Judge, spec: Spec, start: 
             for h in history
         ],
         "groups_without_variance": round(sum(h["frac_reward_zero_std"] * section.prompts for h in history)),
-        "resumed_from": Path(last).name if last else None,
+        "resumed_from": last.name if last else None,
     }
     tokens = sum(s.completion.usage["completion"] for s in made if s.completion)
     return Manifest(stage="rl", recipe="", inputs={}, outputs={}, counts=counts, tokens=tokens, detail=detail)

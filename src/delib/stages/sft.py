@@ -66,7 +66,6 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import SFTConfig
 
     section = recipe.sft
@@ -109,15 +108,15 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, padding=True),
     )
-    last = get_last_checkpoint(str(scratch)) if scratch.exists() else None
-    trainer.train(resume_from_checkpoint=last)
+    last = weights.last_checkpoint(scratch)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     weights.save(model, tokenizer, base, folder.path / "checkpoint")
     curve = [h for h in trainer.state.log_history if "loss" in h]
     shutil.rmtree(scratch, ignore_errors=True)
     counts = {"in": len(examples), "out": len(rows), "steps": trainer.state.global_step}
     detail = {
         "curve": [{"step": h["step"], "loss": h["loss"], "accuracy": h.get("mean_token_accuracy")} for h in curve],
-        "resumed_from": Path(last).name if last else None,
+        "resumed_from": last.name if last else None,
     }
     return Manifest(
         stage="sft", recipe="", inputs={}, outputs={}, counts=counts, tokens=tokens * section.epochs, detail=detail
