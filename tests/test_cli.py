@@ -53,10 +53,16 @@ def test_a_sound_recipe_is_said_sound_and_a_broken_one_tells_all(recipe_file):
     assert delib("check", recipe_file).returncode == 0
     (recipe_file.parent / "spec.md").write_text("# Empty\n", encoding="utf-8")
     (recipe_file.parent / "demos.jsonl").write_text('{"prompt_id": "x"}\n', encoding="utf-8")
+    (recipe_file.parent / "heldout.jsonl").write_bytes(b"\xff\xfe")
+    (recipe_file.parent / "train.jsonl").write_text(
+        '{"messages": [{"role": "assistant", "content": "Hello."}], "behaviour": "comply"}\n', encoding="utf-8"
+    )
     done = delib("check", recipe_file)
     assert done.returncode == 2
     assert "no clauses" in done.stderr
     assert "demos.jsonl:1: text" in done.stderr
+    assert "heldout.jsonl: not UTF-8" in done.stderr
+    assert "train.jsonl:1: ends on a turn of assistant" in done.stderr
 
 
 def test_the_record_stages_and_show(recipe_file):

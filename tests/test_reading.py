@@ -56,3 +56,10 @@ def completion(answer: str, finish: str = "stop") -> Completion:
 )
 def test_broken_answers(made, fault):
     assert reading.broken(made) == fault
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"), [("It is 7.", True), ("There are 17.", False), ("Seven days", True), ("seventy", False)]
+)
+def test_an_expected_answer_stands_as_whole_words(answer, right):
+    assert reading.is_right(answer, ["7", "seven"]) is right

@@ -166,3 +166,15 @@ def test_rl_prompts_are_mixed_in_equal_parts():
     assert sum(p.category is None for p in chosen) == 4
     assert sum(p.behaviour == "refuse" for p in chosen) == 4
     assert rl.mixed(made, 16, seed=1) == chosen
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path):
+    from delib.models import weights
+
+    assert weights.last_checkpoint(tmp_path / "none") is None
+    for name, state in (("checkpoint-9", "{}"), ("checkpoint-10", '{"torn'), ("checkpoint-20", None)):
+        (tmp_path / name).mkdir()
+        if state is not None:
+            (tmp_path / name / "trainer_state.json").write_text(state)
+    assert weights.last_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-9"]

@@ -56,7 +56,7 @@ class DistillSection(Section):
     plain_share: float = Field(default=0.3, ge=0, lt=1)
     """The most that everyday prompts may make up of the examples; the rest of them are left out."""
     max_examples: int | None = Field(default=None, ge=1)
-    """At most this many examples, balanced over behaviours; null takes all."""
+    """At most this many examples, in turn from each source and behaviour; null takes all."""
 
 
 class SftSection(Section):

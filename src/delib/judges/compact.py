@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from delib.judges.encoder import encode, remember
-from delib.judges.reading import broken, conclude, is_right, looping, points_at_gone_text, repetition, sentences
+from delib.judges.reading import broken, conclude, echo, is_right, looping, points_at_gone_text, repetition, sentences
 from delib.models import recorded
 from delib.models.recorded import Recording
 from delib.records import Behaviour, Completion, Message, Observed, Prompt, Verdict
@@ -113,7 +113,7 @@ class Behaviours:
         ]
         for words, texts in zip(self._words, self._texts([r.answer for r in rows]), strict=True):
             words.fit(texts)
-        self._model = LogisticRegression(C=4.0, max_iter=500)
+        self._model = LogisticRegression(C=10.0, max_iter=500)
         features = self._features([r.messages for r in rows], [r.answer for r in rows])
         self._model.fit(features, [LABELS.index(r.label) for r in rows])
 
@@ -139,8 +139,8 @@ class Behaviours:
         full = np.zeros((len(answers), len(LABELS)))
         full[:, self._model.classes_] = found
         for row, answer in enumerate(answers):
-            if looping(answer):
-                # docs/labelling.md: mostly the same words over and over is no answer.
+            if looping(answer) or echo(messages[row][-1].content, answer):
+                # docs/labelling.md: the same words over and over, or a bare echo, is no answer.
                 full[row] = [float(label == "partial") for label in LABELS]
         return full
 
@@ -164,7 +164,7 @@ class Elements:
         self._whole.fit(features, present)
 
     def predict(self, element: Element, answer: str) -> float:
-        features = element_features(element.text, element.examples, answer)[None]
+        features = element_features(element.text, tuple(element.examples), answer)[None]
         near = self._near.predict_proba(features[:, :SIMILARITIES])[0, 1]
         return float(near + self._whole.predict_proba(features)[0, 1]) / 2
 
@@ -173,11 +173,12 @@ def _parts(answer: str) -> list[str]:
     return (sentences(answer) or [""])[:MAX_SENTENCES]
 
 
-def element_features(text: str, examples: list[str], answer: str) -> np.ndarray:
+@lru_cache(maxsize=4096)
+def element_features(text: str, examples: tuple[str, ...], answer: str) -> np.ndarray:
     """Between an element and an answer's sentences: SIMILARITIES by sentence vector and by shared words, then the
     products of the vectors of the nearest sentence with the element's text and with its examples."""
     parts = _parts(answer)
-    said, shown, told = encode(parts), encode(examples), encode([text])
+    said, shown, told = encode(parts), encode(list(examples)), encode([text])
     to_examples = said @ shown.T
     nearest = said[to_examples.max(axis=1).argmax()]
     best = np.sort(to_examples.max(axis=1))[::-1]
@@ -276,7 +277,7 @@ def _element_table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for prompt, recording in _demonstrations():
         rows += [(fold_of(prompt.id), row) for row in _shown_elements(policy, prompt, recording)]
     remember([t for _, r in rows for t in (r.text, *r.examples, *_parts(r.answer))])
-    features = np.stack([element_features(r.text, r.examples, r.answer) for _, r in rows])
+    features = np.stack([element_features(r.text, tuple(r.examples), r.answer) for _, r in rows])
     return features, np.array([r.present for _, r in rows]), np.array([fold for fold, _ in rows])
 
 

@@ -96,8 +96,18 @@ def repetition(text: str) -> float:
 
 
 def looping(text: str) -> bool:
-    """Whether a text is mostly the same words again: most of its trigrams stood in it before."""
-    return len(text.split()) >= 16 and repetition(text) > 0.5
+    """Whether a text is stuck: two fifths of its trigrams or more stood in it before (of 21 such answers among the
+    labelled ones, 19 were labelled as no answer)."""
+    return len(text.split()) >= 16 and repetition(text) > 0.4
+
+
+def echo(question: str, answer: str) -> bool:
+    """Whether an answer of five words or more only gives back words of the question, all of them in its order."""
+    asked, said = (re.findall(r"[\w']+", t.lower()) for t in (question, answer))
+    if len(said) < 5:
+        return False
+    rest = iter(asked)
+    return all(word in rest for word in said)
 
 
 def broken(completion: Completion) -> str | None:

@@ -66,10 +66,10 @@ def run(
 
 
 def _balanced(samples: list[Sample], limit: int) -> list[Sample]:
-    """Take in turn from each (behaviour, plain or not) so that a cut keeps the balance."""
-    piles: dict[tuple[str, bool], list[Sample]] = {}
+    """Take in turn from each source and behaviour (disallowed, look-alike, plain …), so that a cut keeps the mix."""
+    piles: dict[tuple[str, str], list[Sample]] = {}
     for sample in samples:
-        piles.setdefault((str(sample.prompt.behaviour), sample.prompt.category is None), []).append(sample)
+        piles.setdefault((sample.prompt.source, str(sample.prompt.behaviour)), []).append(sample)
     taken: list[Sample] = []
     while len(taken) < limit and any(piles.values()):
         for pile in piles.values():
