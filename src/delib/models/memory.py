@@ -1,8 +1,8 @@
 """How the process keeps its memory while it trains on a CPU.
 
 A training step allocates and frees the same gigabytes each time. By default glibc gives them back to the kernel, which
-then spends a third of the step on mapping and clearing pages again. Keeping them, and asking for large pages, made
-steps 1.25 times as fast (docs/results.md, benchmarks/sft_step.py).
+then spends part of the step on mapping and clearing pages again. This keeps them, and asks for large pages;
+benchmarks/sft_step.py measures what it is worth.
 """
 
 import ctypes
