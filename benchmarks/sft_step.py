@@ -32,7 +32,7 @@ def measure(variant: str, rows: int, tokens: int) -> list[float]:
         memory.keep()
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     from delib import recipe
@@ -40,9 +40,12 @@ def measure(variant: str, rows: int, tokens: int) -> list[float]:
 
     base = weights.pull_smollm2()
     tokenizer = AutoTokenizer.from_pretrained(base)
-    collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, padding=True)
+    collate = sft.collator(tokenizer)
     ids = torch.randint(100, 40000, (rows, tokens), generator=torch.Generator().manual_seed(0)).tolist()
-    examples = [{"input_ids": row, "labels": [-100] * (tokens // 3) + row[tokens // 3 :]} for row in ids]
+    examples = [
+        {"input_ids": row, "labels": [-100] * (tokens // 3) + row[tokens // 3 :], "weights": [1.0] * tokens}
+        for row in ids
+    ]
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
     weights.freeze(model, recipe.load(recipe.QUICKSTART).sft.frozen_layers if given["frozen"] else 0)
     seconds = []
@@ -65,7 +68,10 @@ def measure(variant: str, rows: int, tokens: int) -> list[float]:
         )
         for _ in range(7):
             start = time.perf_counter()
-            trainer.compute_loss(trainer.model, dict(collate(examples))).backward()
+            batch = collate(examples)
+            if not given["plain"]:
+                del batch["weights"]
+            trainer.compute_loss(trainer.model, batch).backward()
             trainer.model.zero_grad()
             seconds.append(time.perf_counter() - start)
     return seconds[2:]

@@ -5,7 +5,8 @@ import pytest
 from conftest import SPEC
 from delib import chat, spec
 from delib.judges import agreement
-from delib.judges.compact import CompactJudge, _fit_rows, fold_of
+from delib.judges.compact import CompactJudge, _fit_rows
+from delib.judges.data import fold_of
 from delib.recipe import STARTER
 from delib.records import Message, Prompt
 

@@ -239,3 +239,26 @@ def test_base_spec_puts_the_summary_into_the_system_message():
     both = evaluate.with_spec([Message(role="system", content="Be brief."), Message(role="user", content="Q")], POLICY)
     assert both[0].content.endswith("Be brief.")
     assert len(both) == 2
+
+
+def test_a_limit_cuts_every_kind_in_proportion():
+    """Everyday prompts, with and without an expected answer, keep their share; the file's order stays."""
+
+    def rows(source, category, count, expected=None):
+        return [
+            Prompt(
+                id=f"{source}-{category}-{bool(expected)}-{n}",
+                messages=[Message(role="user", content="Q")],
+                source=source,
+                category=category,
+                expected=expected,
+            )
+            for n in range(count)
+        ]
+
+    kinds = [("disallowed", "investment", 12, None), ("plain", None, 8, None), ("plain", None, 4, ["7"])]
+    every = [p for kind in kinds for p in rows(*kind)]
+    taken = evaluate.balanced(every, 12)
+    assert [sum(p in taken for p in rows(*kind)) for kind in kinds] == [6, 4, 2]
+    assert taken == [p for p in every if p in taken]
+    assert evaluate.balanced(every, 24) == every

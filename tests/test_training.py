@@ -1,5 +1,7 @@
 """What SFT learns from, and what the RL judge is shown: on the tiny tokenizer, and on tags that are special tokens."""
 
+import random
+
 import pytest
 
 from conftest import SPEC
@@ -32,7 +34,7 @@ def test_the_plain_head_has_the_loss_of_trl(tiny_model, tokenizer, tmp_path):
     """One batch, both trainers: the same loss and the same gradients."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
+    from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
     rows = [
@@ -45,7 +47,7 @@ def test_the_plain_head_has_the_loss_of_trl(tiny_model, tokenizer, tmp_path):
         )
         for n in (1, 3, 5)
     ]
-    collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, padding=True)
+    collate = sft.collator(tokenizer)
     results = []
     for kind in (SFTTrainer, sft.trainer_class()):
         arguments = SFTConfig(
@@ -55,6 +57,7 @@ def test_the_plain_head_has_the_loss_of_trl(tiny_model, tokenizer, tmp_path):
             gradient_checkpointing=False,
             report_to="none",
             dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
             max_length=None,
         )
         model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -65,7 +68,10 @@ def test_the_plain_head_has_the_loss_of_trl(tiny_model, tokenizer, tmp_path):
             processing_class=tokenizer,
             data_collator=collate,
         )
-        loss = trainer.compute_loss(model, dict(collate(rows)))
+        batch = collate(rows)
+        if kind is SFTTrainer:
+            del batch["weights"]
+        loss = trainer.compute_loss(model, batch)
         loss.backward()
         results.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (expected, gradients), (found, ours) = results
@@ -73,6 +79,45 @@ def test_the_plain_head_has_the_loss_of_trl(tiny_model, tokenizer, tmp_path):
     assert gradients.keys() == ours.keys()
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, ours[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_what_decides_weighs_more(tokenizer):
+    """The opening, the conclusion and the answer's opening weigh more; the prompt nothing; all else one."""
+    reasoning = "Harmful: " + "a long weighing of what is asked and why, " * 4 + "so I refuse."
+    answer = "I'm sorry, but " + "this is something that I can't help you with. " * 3
+    example = Example(
+        prompt_id="p", messages=[Message(role="user", content="Hello?")], reasoning=reasoning, answer=answer
+    )
+    row = sft.tokenise(example, tokenizer, 999, 4.0)
+    start = next(n for n, label in enumerate(row["labels"]) if label != -100)
+    assert len(row["weights"]) == len(row["labels"])
+    assert set(row["weights"][:start]) == {0.0}
+    assert row["weights"][start : start + sft.OPENING] == [4.0] * sft.OPENING
+    heavy = [i for i, w in zip(row["input_ids"], row["weights"], strict=True) if w == 4.0]
+    decided = tokenizer.decode(heavy[sft.OPENING :])
+    assert decided.strip().startswith("refuse.") or "I refuse." in decided
+    assert "</think>\n\nI'm sorry" in decided
+    assert len(decided) < 60
+    assert row["weights"][-1] == 1.0
+
+
+def test_an_opening_is_an_example_cut_off(tokenizer):
+    example = Example(
+        prompt_id="p", messages=[Message(role="user", content="Hello?")], reasoning="Harmful: why " * 9, answer="No."
+    )
+    row = sft.tokenise(example, tokenizer, 999, 4.0)
+    cut = sft.opening_of(row)
+    assert sum(label != -100 for label in cut["labels"]) == sft.OPENING
+    assert all(row[name][: len(cut[name])] == cut[name] for name in row)
+
+
+def test_batches_of_like_length_hold_every_row():
+    rows = [{"input_ids": [n] * (1 + n * 7 % 50), "labels": []} for n in range(200)]
+    found = sft.grouped(rows, 4, random.Random(0))
+    assert sorted(r["input_ids"] for r in found) == sorted(r["input_ids"] for r in rows)
+    spread = [[len(r["input_ids"]) for r in found[i : i + 4]] for i in range(0, 200, 4)]
+    assert sum(max(s) - min(s) for s in spread) / len(spread) < 10
+    assert found == sft.grouped(rows, 4, random.Random(0)) != sft.grouped(rows, 4, random.Random(1))
 
 
 class WatchingJudge:

@@ -56,20 +56,26 @@ class DistillSection(Section):
     plain_share: float = Field(default=0.3, ge=0, lt=1)
     """The most that everyday prompts may make up of the examples; the rest of them are left out."""
     max_examples: int | None = Field(default=None, ge=1)
-    """At most this many examples, in turn from each source and behaviour; null takes all."""
+    """At most this many examples, in turn from each behaviour and the everyday ones, the shortest completions first;
+    null takes all."""
 
 
 class SftSection(Section):
     epochs: int = Field(default=2, ge=1)
     """Passes over the examples."""
     learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak learning rate; linear warm-up over a twentieth of the steps, then cosine decay."""
+    """Peak learning rate: linear warm-up over a twentieth of the steps, constant over the opening passes, cosine decay
+    to zero over the passes on whole examples."""
     batch_size: int = Field(default=8, ge=1)
     """Examples an optimiser step."""
     max_tokens: int = Field(default=384, ge=32)
     """Longer examples are cut."""
     frozen_layers: int = Field(default=0, ge=0)
     """The first layers (and with any, the embeddings) that do not train: faster, and less is forgotten."""
+    opening_epochs: int = Field(default=0, ge=0)
+    """Passes beforehand over the examples cut off after their opening: how a request stands is learned first."""
+    decision_weight: float = Field(default=1.0, ge=1)
+    """Loss weight of the tokens that decide: a reasoning's opening and conclusion, and the answer's opening."""
     checkpoint_steps: int = Field(default=10, ge=1)
     """A checkpoint to resume from is written every so many steps."""
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from delib.errors import UserError
-from delib.judges.compact import DATA, LabelledAnswer
+from delib.judges.data import DATA, LabelledAnswer
 from delib.records import Message, Observed
 from delib.spec import read_text
 from delib.stats import balanced_accuracy, kappa

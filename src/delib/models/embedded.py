@@ -96,7 +96,7 @@ async def serve(folder: Path, *, name: str, quantisation: str, context_tokens: i
     params.hostnames = ["127.0.0.1"]
     params.port = _free_port()
     params.n_parallel = SLOTS
-    params.kv_unified = True
+    params.kv_unified = False
     params.n_ctx = min(SLOTS * context_tokens, SLOTS * 2048)
     params.n_batch = 2048
     params.ctx_shift = False

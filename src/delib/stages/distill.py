@@ -66,10 +66,11 @@ def run(
 
 
 def _balanced(samples: list[Sample], limit: int) -> list[Sample]:
-    """Take in turn from each source and behaviour (disallowed, look-alike, plain …), so that a cut keeps the mix."""
-    piles: dict[tuple[str, str], list[Sample]] = {}
-    for sample in samples:
-        piles.setdefault((sample.prompt.source, str(sample.prompt.behaviour)), []).append(sample)
+    """Take in turn from each behaviour, everyday prompts apart, so that a cut leaves as much refusing as helping on
+    the policy's own subjects; the shortest completions first, which a small model learns soonest."""
+    piles: dict[tuple[str, bool], list[Sample]] = {}
+    for sample in sorted(samples, key=lambda s: -len(s.completion.text) if s.completion else 0):
+        piles.setdefault((str(sample.prompt.behaviour), sample.prompt.category is None), []).append(sample)
     taken: list[Sample] = []
     while len(taken) < limit and any(piles.values()):
         for pile in piles.values():

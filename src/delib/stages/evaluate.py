@@ -32,17 +32,17 @@ class Judge(Protocol):
 
 
 def balanced(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
-    """At most `limit` prompts, taken in turn from each (behaviour, category); the file's order is kept."""
+    """At most `limit` prompts, each pile (source, category, with or without an expected answer) cut in proportion.
+
+    The file's order is kept.
+    """
     if limit is None or limit >= len(prompts):
         return prompts
-    piles: dict[tuple[str, str], list[Prompt]] = {}
+    piles: dict[tuple[str, str, bool], list[Prompt]] = {}
     for prompt in prompts:
-        piles.setdefault((str(prompt.behaviour), str(prompt.category)), []).append(prompt)
-    taken: set[str] = set()
-    while len(taken) < limit:
-        for pile in piles.values():
-            if pile and len(taken) < limit:
-                taken.add(pile.pop(0).id)
+        piles.setdefault((prompt.source, str(prompt.category), prompt.expected is not None), []).append(prompt)
+    ranked = [((place + 0.5) / len(pile), p.id) for pile in piles.values() for place, p in enumerate(pile)]
+    taken = {prompt_id for _, prompt_id in sorted(ranked, key=lambda pair: pair[0])[:limit]}
     return [p for p in prompts if p.id in taken]
 
 

@@ -1,11 +1,13 @@
 """Stage 5, SFT: TRL's SFTTrainer on the distilled examples; the loss is on reasoning and answer only.
 
 In: Examples and a model folder. Out: `checkpoint/` (safetensors) and the curve in the manifest. Resumes from the
-last trainer checkpoint. Departures from the published method: the paper does not disclose sizes; here small models
-may keep their first layers frozen, and no separate capability data is mixed in beside the plain prompts.
+last trainer checkpoint. Departures from the published method, which does not disclose sizes: a small model may keep its
+first layers frozen, may first learn how a request stands from examples cut off after their opening, and the tokens that
+decide may weigh more; no separate capability data is mixed in beside the plain prompts.
 """
 
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,24 +21,78 @@ from delib.run import StageFolder
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
-def tokenise(example: Example, tokenizer: Any, max_tokens: int) -> dict[str, list[int]]:
-    """Token ids and labels of one example: labels are -100 over the prompt, so only what the model writes is learned.
+OPENING = 9
+"""Tokens at the start of a completion, `<think>` included, in which a reasoning says how the request stands and under
+which category."""
+BEFORE, AFTER = 18, 12
+"""Characters before and after `</think>` in which a reasoning concludes and an answer opens: "I refuse." and "I'm
+sorry". Where many answers open in the same words and the others each in their own, greedy decoding takes the same words
+for all, unless the answer's opening is learned to follow the conclusion."""
 
-    Prompt and completion are tokenised apart, as at generation time, and the end-of-turn token closes the completion.
+
+def tokenise(example: Example, tokenizer: Any, max_tokens: int, decision_weight: float = 1.0) -> dict[str, list[Any]]:
+    """Token ids, labels and loss weights of one example, three lists of one length.
+
+    Labels are -100 over the prompt, so only what the model writes is learned. Prompt and completion are tokenised
+    apart, as at generation time, and the end-of-turn token closes the completion. Tokens of the decision (the
+    reasoning's opening, its conclusion and the answer's opening) weigh `decision_weight`, the others 1.
     """
     prompt = tokenizer.encode(chat.render(tokenizer, example.messages), add_special_tokens=False)
     text = chat.join(example.reasoning, example.answer)
-    completion = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-    ids = (prompt + completion)[:max_tokens]
-    labels = ([-100] * len(prompt) + completion)[:max_tokens]
-    return {"input_ids": ids, "labels": labels}
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    completion = [*made["input_ids"], tokenizer.eos_token_id]
+    close = text.index(chat.CLOSE)
+    first, last = close - BEFORE, close + len(chat.CLOSE) + AFTER
+    decides = [n < OPENING or first <= start < last for n, (start, _) in enumerate(made["offset_mapping"])]
+    weights = [0.0] * len(prompt) + [decision_weight if d else 1.0 for d in decides] + [1.0]
+    return {
+        "input_ids": (prompt + completion)[:max_tokens],
+        "labels": ([-100] * len(prompt) + completion)[:max_tokens],
+        "weights": weights[:max_tokens],
+    }
+
+
+def grouped(rows: list[dict[str, list[int]]], batch: int, order: random.Random) -> list[dict[str, list[int]]]:
+    """The rows in a seeded order in which the rows of a batch are of like length, so that little is padding."""
+    rows = order.sample(rows, len(rows))
+    window = 16 * batch
+    windows = [sorted(rows[i : i + window], key=lambda r: len(r["input_ids"])) for i in range(0, len(rows), window)]
+    batches = [part[i : i + batch] for part in windows for i in range(0, len(part), batch)]
+    return [row for part in order.sample(batches, len(batches)) for row in part]
+
+
+def opening_of(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    """An example cut off after its reasoning's opening."""
+    start = next((n for n, label in enumerate(row["labels"]) if label != -100), len(row["labels"]))
+    return {name: values[: start + OPENING] for name, values in row.items()}
+
+
+def collator(tokenizer: Any) -> Any:
+    """Batches of `tokenise`'s rows, padded at the right; the weights of padding are 0."""
+    import torch
+    from transformers import DataCollatorForSeq2Seq
+
+    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, padding=True)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = dict(pad([{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows]))
+        width = batch["labels"].shape[1]
+        fill = [[0.0] * (width - len(r["weights"])) for r in rows]
+        right = tokenizer.padding_side == "right"
+        batch["weights"] = torch.tensor(
+            [r["weights"] + f if right else f + r["weights"] for r, f in zip(rows, fill, strict=True)]
+        )
+        return batch
+
+    return collate
 
 
 def trainer_class() -> type:
-    """SFTTrainer with the loss projected by one plain matrix product.
+    """SFTTrainer with the loss projected by one plain matrix product, and with weights.
 
     TRL's fused head works in chunks to save memory, and on a CPU that costs more than the model's own forward
-    (docs/results.md). The loss is the same: cross-entropy over label-bearing positions, divided by their count.
+    (docs/results.md). With weights of 1 the loss is the same: cross-entropy over label-bearing positions, divided by
+    their count. Otherwise it is the weighted mean, so that the size of a step does not change with the weight.
     """
     import torch
     from trl import SFTTrainer
@@ -50,7 +106,9 @@ def trainer_class() -> type:
             core = self.accelerator.unwrap_model(model)
             hidden = core.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
             logits = core.lm_head(hidden.last_hidden_state[:, :-1][learned])
-            total = torch.nn.functional.cross_entropy(logits.float(), labels[learned], reduction="sum")
+            weight = inputs["weights"][:, 1:][learned]
+            each = torch.nn.functional.cross_entropy(logits.float(), labels[learned], reduction="none")
+            total = (each * weight).sum() * learned.sum() / weight.sum()
             count = learned.sum() if num_items_in_batch is None else num_items_in_batch
             self._metrics["train"]["mean_token_accuracy"].append(
                 (logits.argmax(-1) == labels[learned]).float().mean().item()
@@ -65,33 +123,42 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
     """Train, and leave the model in `checkpoint/`."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig
 
     section = recipe.sft
     tokenizer = AutoTokenizer.from_pretrained(base)
-    rows = [tokenise(e, tokenizer, section.max_tokens) for e in examples]
-    tokens = sum(len(r["input_ids"]) for r in rows)
+    rows = [tokenise(e, tokenizer, section.max_tokens, section.decision_weight) for e in examples]
+    order = random.Random(recipe.seed)
+    openings = [opening_of(row) for row in rows]
+    course = [row for _ in range(section.opening_epochs) for row in grouped(openings, section.batch_size, order)]
+    first = len(course)
+    course += [row for _ in range(section.epochs) for row in grouped(rows, section.batch_size, order)]
+    tokens = sum(len(r["input_ids"]) for r in course)
     # The last trainable layers start from the same weights after a kill: the trainer's checkpoint holds them all.
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, recipe.dtype))
     weights.freeze(model, section.frozen_layers)
-    steps = -(-len(rows) // section.batch_size) * section.epochs
+    steps = -(-len(course) // section.batch_size)
+    warmup = max(1, steps // 20)
+    decay = min(-(-(len(course) - first) // section.batch_size), steps - warmup)
     scratch = folder.path / "trainer"
     arguments = SFTConfig(
         output_dir=str(scratch),
-        num_train_epochs=section.epochs,
+        num_train_epochs=1,
         per_device_train_batch_size=section.batch_size,
         learning_rate=section.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20),
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": decay},
+        warmup_steps=warmup,
         weight_decay=0.0,
         max_grad_norm=1.0,
         seed=recipe.seed,
         use_cpu=recipe.device == "cpu",
         bf16=recipe.dtype == "bfloat16",
         gradient_checkpointing=False,
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
         max_length=None,
         logging_steps=1,
         save_strategy="steps",
@@ -104,9 +171,9 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
     trainer = trainer_class()(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(course),
         processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, padding=True),
+        data_collator=collator(tokenizer),
     )
     last = weights.last_checkpoint(scratch)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -118,6 +185,4 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
         "curve": [{"step": h["step"], "loss": h["loss"], "accuracy": h.get("mean_token_accuracy")} for h in curve],
         "resumed_from": last.name if last else None,
     }
-    return Manifest(
-        stage="sft", recipe="", inputs={}, outputs={}, counts=counts, tokens=tokens * section.epochs, detail=detail
-    )
+    return Manifest(stage="sft", recipe="", inputs={}, outputs={}, counts=counts, tokens=tokens, detail=detail)
