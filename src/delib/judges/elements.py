@@ -21,7 +21,7 @@ class Elements:
     """Whether an answer shows a style element, for any element that has a description and examples.
 
     The mean of two logistic regressions: one over a few similarities, which carries over to elements never seen, and
-    one over the products of the vectors as well, which knows the common ones better (docs/results.md).
+    one over the products of the vectors as well, which knows the common ones better.
     """
 
     def __init__(self, features: np.ndarray, present: np.ndarray) -> None:
