@@ -1,4 +1,6 @@
 import errno
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,49 @@ def test_work_under_another_key_is_set_aside_not_lost(tmp_path):
     assert folder.begin("two") is True
     assert folder.records(Example) == []
     assert (tmp_path / "stage.stale" / run.RECORDS).exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 4 MiB; only where the tests may mount one."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)  # the failed writers may still hold their files
+
+
+def test_tensors_on_a_disk_that_is_really_full(small_disk):
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    big = {"weight": torch.zeros(5_000_000)}
+    for kind, write in (
+        (SafetensorError, lambda: save_file(big, small_disk / "model.safetensors")),
+        (RuntimeError, lambda: torch.save(big, small_disk / "optimizer.pt")),
+    ):
+        with pytest.raises(kind) as caught:
+            write()
+        found = run.tensor_error(small_disk, caught.value)
+        assert isinstance(found, StageError)
+        assert str(small_disk) in str(found)
+        assert "disk is full" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "full"),
+    [
+        ("Error while serializing: I/O error: No space left on device (os error 28)", True),
+        ("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534", True),
+        ("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)", False),
+        ("[enforce fail at inline_container.cc:113] . file in archive is not in a subdirectory", False),
+    ],
+)
+def test_only_a_full_disk_is_told_as_one(tmp_path, text, full):
+    error = RuntimeError(text)
+    found = run.tensor_error(tmp_path, error)
+    assert isinstance(found, StageError) if full else found is error
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):

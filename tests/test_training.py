@@ -95,8 +95,7 @@ def test_what_decides_weighs_more(tokenizer):
     assert row["weights"][start : start + sft.OPENING] == [4.0] * sft.OPENING
     heavy = [i for i, w in zip(row["input_ids"], row["weights"], strict=True) if w == 4.0]
     decided = tokenizer.decode(heavy[sft.OPENING :])
-    assert decided.strip().startswith("refuse.") or "I refuse." in decided
-    assert "</think>\n\nI'm sorry" in decided
+    assert "I refuse.\n</think>\n\nI'm sorry" in decided
     assert len(decided) < 60
     assert row["weights"][-1] == 1.0
 

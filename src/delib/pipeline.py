@@ -11,6 +11,8 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from delib import recipe as recipes
 from delib import spec as specs
 from delib.errors import StageError, UserError
@@ -20,14 +22,12 @@ from delib.models import embedded, local, memory, recorded, weights
 from delib.progress import say
 from delib.recipe import Recipe
 from delib.records import Example, Manifest, Metric, Prompt, Sample
-from delib.run import RECORDS, Run, StageFolder, disk_error, free_megabytes, key_of, sha256, write_whole
+from delib.run import RECORDS, Run, StageFolder, disk_error, free_megabytes, key_of, sha256, tensor_error, write_whole
 from delib.spec import Spec
 from delib.stages import distill, evaluate, filter, generate, prompts, report, rl, sft
 
 STAGES = ("prompts", "generate", "filter", "distill", "sft", "rl", "evaluate", "report")
 CHECKPOINT = "checkpoint"
-FULL_MEGABYTES = 700
-"""Less than one checkpoint of a 135M float32 model: a failed write of tensors was for want of space."""
 NEEDED_MEGABYTES = 6000
 """Two checkpoints of a 135M float32 model, their optimiser state while training, and the GGUF copies."""
 
@@ -103,13 +103,8 @@ class Pipeline:
             raise
         except OSError as error:
             raise disk_error(folder.path, error) from error
-        except Exception as error:
-            # Writers of tensors tell a full disk in words of their own; anything else is a bug and stays one.
-            if free_megabytes(folder.path) >= FULL_MEGABYTES:
-                raise
-            raise StageError(
-                f"{folder.path}: the disk is full; what was finished stands, make room and run the same command again"
-            ) from error
+        except (RuntimeError, SafetensorError) as error:
+            raise tensor_error(folder.path, error) from error
         seconds = time.monotonic() - started
         named = {"recipe": key, "inputs": self.inputs(stage), "seconds": round(seconds, 1)}
         final = folder.finish(made.model_copy(update=named), _OUTPUTS[stage](folder))

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +55,22 @@ def disk_error(path: Path, error: OSError) -> StageError | OSError:
     """A full or read-only disk as a StageError that names the file; any other OSError as it is."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         return StageError(f"{path}: {error.strerror}; what was finished stands, mend it and run the same command again")
+    return error
+
+
+_DISK_FULL = re.compile(
+    r"No space left on device|Disk quota exceeded|inline_container\.cc.*(?:unexpected pos|failed writing)"
+)
+
+
+def tensor_error(path: Path, error: Exception) -> Exception:
+    """As disk_error, for the writers of tensors, which tell a full disk in words of their own: safetensors passes on
+    the system's, torch's archive writer tells that fewer bytes were written. Any other error as it is."""
+    if _DISK_FULL.search(str(error)):
+        cause = str(error).splitlines()[0][:200]
+        return StageError(
+            f"{path}: the disk is full ({cause}); what was finished stands, make room and run the same command again"
+        )
     return error
 
 

@@ -67,7 +67,7 @@ def run(
 
 def _balanced(samples: list[Sample], limit: int) -> list[Sample]:
     """Take in turn from each behaviour, everyday prompts apart, so that a cut leaves as much refusing as helping on
-    the policy's own subjects; the shortest completions first, which a small model learns soonest."""
+    the policy's own subjects; the shortest completions first, which cost the fewest tokens."""
     piles: dict[tuple[str, bool], list[Sample]] = {}
     for sample in sorted(samples, key=lambda s: -len(s.completion.text) if s.completion else 0):
         piles.setdefault((str(sample.prompt.behaviour), sample.prompt.category is None), []).append(sample)
