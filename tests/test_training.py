@@ -83,7 +83,7 @@ def test_the_plain_head_has_the_loss_of_trl(tiny_model, tokenizer, tmp_path):
 
 def test_what_decides_weighs_more(tokenizer):
     """The opening, the conclusion and the answer's opening weigh more; the prompt nothing; all else one."""
-    reasoning = "Harmful: " + "a long weighing of what is asked and why, " * 4 + "so I refuse."
+    reasoning = "Harmful: " + "a long weighing of what is asked and why, " * 4 + "it is. I refuse."
     answer = "I'm sorry, but " + "this is something that I can't help you with. " * 3
     example = Example(
         prompt_id="p", messages=[Message(role="user", content="Hello?")], reasoning=reasoning, answer=answer
@@ -100,14 +100,22 @@ def test_what_decides_weighs_more(tokenizer):
     assert row["weights"][-1] == 1.0
 
 
-def test_an_opening_is_an_example_cut_off(tokenizer):
+def test_a_decision_is_an_example_without_what_lies_between(tokenizer):
     example = Example(
-        prompt_id="p", messages=[Message(role="user", content="Hello?")], reasoning="Harmful: why " * 9, answer="No."
+        prompt_id="p",
+        messages=[Message(role="user", content="Hello?")],
+        reasoning="Harmful: " + "why " * 30 + "is told. I refuse.",
+        answer="I'm sorry, I can't help with that, not even a little.",
     )
     row = sft.tokenise(example, tokenizer, 999, 4.0)
-    cut = sft.opening_of(row)
-    assert sum(label != -100 for label in cut["labels"]) == sft.OPENING
-    assert all(row[name][: len(cut[name])] == cut[name] for name in row)
+    cut = sft.decision_of(row)
+    start = next(n for n, label in enumerate(row["labels"]) if label != -100)
+    assert cut["input_ids"][: start + sft.OPENING] == row["input_ids"][: start + sft.OPENING]
+    assert cut["labels"][: start + sft.OPENING] == row["labels"][: start + sft.OPENING]
+    assert set(cut["weights"][start:]) == {4.0}
+    rest = cut["input_ids"][start + sft.OPENING :]
+    assert tokenizer.decode(rest).startswith(" I refuse.\n</think>\n\nI'm sorry")
+    assert cut["labels"][start + sft.OPENING :] == [-100, *rest[1:]]
 
 
 def test_batches_of_like_length_hold_every_row():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from delib.errors import UserError
 from delib.spec import read_text
@@ -64,7 +64,7 @@ class SftSection(Section):
     epochs: int = Field(default=2, ge=1)
     """Passes over the examples."""
     learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak learning rate: linear warm-up over a twentieth of the steps, constant over the opening passes, cosine decay
+    """Peak learning rate: linear warm-up over a twentieth of the steps, constant over the decision passes, cosine decay
     to zero over the passes on whole examples."""
     batch_size: int = Field(default=8, ge=1)
     """Examples an optimiser step."""
@@ -72,12 +72,19 @@ class SftSection(Section):
     """Longer examples are cut."""
     frozen_layers: int = Field(default=0, ge=0)
     """The first layers (and with any, the embeddings) that do not train: faster, and less is forgotten."""
-    opening_epochs: int = Field(default=0, ge=0)
-    """Passes beforehand over the examples cut off after their opening: how a request stands is learned first."""
-    decision_weight: float = Field(default=1.0, ge=1)
+    decision_epochs: int = Field(default=0, ge=0)
+    """Passes beforehand over the tokens that decide alone; needs a decision_weight above 1."""
+    decision_weight: float = Field(default=1.0, ge=1, validate_default=True)
     """Loss weight of the tokens that decide: a reasoning's opening and conclusion, and the answer's opening."""
     checkpoint_steps: int = Field(default=10, ge=1)
     """A checkpoint to resume from is written every so many steps."""
+
+    @field_validator("decision_weight")
+    @classmethod
+    def _marks_what_decides(cls, weight: float, info: ValidationInfo) -> float:
+        if info.data.get("decision_epochs", 0) > 0 and weight == 1:
+            raise ValueError("decision_epochs needs a weight above 1, which marks the tokens that decide")
+        return weight
 
 
 class RlSection(Section):

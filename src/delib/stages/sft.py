@@ -2,8 +2,7 @@
 
 In: Examples and a model folder. Out: `checkpoint/` (safetensors) and the curve in the manifest. Resumes from the
 last trainer checkpoint. Departures from the published method, which does not disclose sizes: a small model may keep its
-first layers frozen, may first learn how a request stands from examples cut off after their opening, and the tokens that
-decide may weigh more; no separate capability data is mixed in beside the plain prompts.
+first layers frozen, may first learn how a request stands from the tokens that decide alone, and these may weigh more; no separate capability data is mixed in beside the plain prompts.
 """
 
 import os
@@ -24,10 +23,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 OPENING = 9
 """Tokens at the start of a completion, `<think>` included, in which a reasoning says how the request stands and under
 which category."""
-BEFORE, AFTER = 18, 12
-"""Characters before and after `</think>` in which a reasoning concludes and an answer opens: "I refuse." and "I'm
-sorry". Where many answers open in the same words and the others each in their own, greedy decoding takes the same words
-for all, unless the answer's opening is learned to follow the conclusion."""
+CONCLUSION, AFTER = 40, 12
+"""Characters: the reasoning's last sentence, at most so many of them, and the answer's opening after `</think>`. Where
+many answers open in the same words and the others each in their own, greedy decoding takes the same words for all,
+unless the answer's opening is learned to follow the conclusion, and the conclusion to follow the opening."""
 
 
 def tokenise(example: Example, tokenizer: Any, max_tokens: int, decision_weight: float = 1.0) -> dict[str, list[Any]]:
@@ -42,7 +41,8 @@ def tokenise(example: Example, tokenizer: Any, max_tokens: int, decision_weight:
     made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     completion = [*made["input_ids"], tokenizer.eos_token_id]
     close = text.index(chat.CLOSE)
-    first, last = close - BEFORE, close + len(chat.CLOSE) + AFTER
+    first = max(text.rfind(". ", 0, close) + 1, close - CONCLUSION)
+    last = close + len(chat.CLOSE) + AFTER
     decides = [n < OPENING or first <= start < last for n, (start, _) in enumerate(made["offset_mapping"])]
     weights = [0.0] * len(prompt) + [decision_weight if d else 1.0 for d in decides] + [1.0]
     return {
@@ -61,10 +61,15 @@ def grouped(rows: list[dict[str, list[int]]], batch: int, order: random.Random) 
     return [row for part in order.sample(batches, len(batches)) for row in part]
 
 
-def opening_of(row: dict[str, list[int]]) -> dict[str, list[int]]:
-    """An example cut off after its reasoning's opening."""
-    start = next((n for n, label in enumerate(row["labels"]) if label != -100), len(row["labels"]))
-    return {name: values[: start + OPENING] for name, values in row.items()}
+def decision_of(row: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """An example reduced to its prompt and the tokens that decide, so that opening, conclusion and answer's opening
+    stand side by side. The token after each gap is not learned: a completion never jumps there by itself."""
+    weights = row["weights"]
+    heaviest = max(weights)
+    kept = [n for n, (label, w) in enumerate(zip(row["labels"], weights, strict=True)) if label == -100 or w == heaviest]
+    jumps = {n for before, n in zip(kept, kept[1:], strict=False) if n != before + 1}
+    labels = [-100 if n in jumps else label for n, label in enumerate(row["labels"])]
+    return {name: [values[n] for n in kept] for name, values in (row | {"labels": labels}).items()}
 
 
 def collator(tokenizer: Any) -> Any:
@@ -130,8 +135,8 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = [tokenise(e, tokenizer, section.max_tokens, section.decision_weight) for e in examples]
     order = random.Random(recipe.seed)
-    openings = [opening_of(row) for row in rows]
-    course = [row for _ in range(section.opening_epochs) for row in grouped(openings, section.batch_size, order)]
+    decisions = [decision_of(row) for row in rows]
+    course = [row for _ in range(section.decision_epochs) for row in grouped(decisions, section.batch_size, order)]
     first = len(course)
     course += [row for _ in range(section.epochs) for row in grouped(rows, section.batch_size, order)]
     tokens = sum(len(r["input_ids"]) for r in course)
