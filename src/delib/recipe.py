@@ -75,7 +75,7 @@ class SftSection(Section):
     decision_epochs: int = Field(default=0, ge=0)
     """Passes beforehand over the tokens that decide alone; needs a decision_weight above 1."""
     decision_weight: float = Field(default=1.0, ge=1, validate_default=True)
-    """Loss weight of the tokens that decide: a reasoning's opening and conclusion, and the answer's opening."""
+    """Loss weight of the tokens that decide: a reasoning's opening, clause and conclusion, and the answer's opening."""
     checkpoint_steps: int = Field(default=10, ge=1)
     """A checkpoint to resume from is written every so many steps."""
 

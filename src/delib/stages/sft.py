@@ -2,11 +2,14 @@
 
 In: Examples and a model folder. Out: `checkpoint/` (safetensors) and the curve in the manifest. Resumes from the
 last trainer checkpoint. Departures from the published method, which does not disclose sizes: a small model may keep its
-first layers frozen, may first learn how a request stands from the tokens that decide alone, and these may weigh more; no separate capability data is mixed in beside the plain prompts.
+first layers frozen, may first learn to decide from the tokens that decide alone, and these may weigh more; no separate
+capability data is mixed in beside the plain prompts.
 """
 
+import itertools
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ CONCLUSION, AFTER = 40, 12
 """Characters: the reasoning's last sentence, at most so many of them, and the answer's opening after `</think>`. Where
 many answers open in the same words and the others each in their own, greedy decoding takes the same words for all,
 unless the answer's opening is learned to follow the conclusion, and the conclusion to follow the opening."""
+CLAUSE = re.compile(r"\s\S+\s[A-Z]{1,4}\d{1,3}\b")
+"""A clause's ID and the word before it."""
 
 
 def tokenise(example: Example, tokenizer: Any, max_tokens: int, decision_weight: float = 1.0) -> dict[str, list[Any]]:
@@ -34,7 +39,7 @@ def tokenise(example: Example, tokenizer: Any, max_tokens: int, decision_weight:
 
     Labels are -100 over the prompt, so only what the model writes is learned. Prompt and completion are tokenised
     apart, as at generation time, and the end-of-turn token closes the completion. Tokens of the decision (the
-    reasoning's opening, its conclusion and the answer's opening) weigh `decision_weight`, the others 1.
+    reasoning's opening, its clause, its conclusion and the answer's opening) weigh `decision_weight`, the others 1.
     """
     prompt = tokenizer.encode(chat.render(tokenizer, example.messages), add_special_tokens=False)
     text = chat.join(example.reasoning, example.answer)
@@ -42,8 +47,11 @@ def tokenise(example: Example, tokenizer: Any, max_tokens: int, decision_weight:
     completion = [*made["input_ids"], tokenizer.eos_token_id]
     close = text.index(chat.CLOSE)
     first = max(text.rfind(". ", 0, close) + 1, close - CONCLUSION)
-    last = close + len(chat.CLOSE) + AFTER
-    decides = [n < OPENING or first <= start < last for n, (start, _) in enumerate(made["offset_mapping"])]
+    spans = [(first, close + len(chat.CLOSE) + AFTER), *(m.span() for m in CLAUSE.finditer(text, 0, close))]
+    decides = [
+        n < OPENING or any(first <= start < last for first, last in spans)
+        for n, (start, _) in enumerate(made["offset_mapping"])
+    ]
     weights = [0.0] * len(prompt) + [decision_weight if d else 1.0 for d in decides] + [1.0]
     return {
         "input_ids": (prompt + completion)[:max_tokens],
@@ -62,12 +70,12 @@ def grouped(rows: list[dict[str, list[int]]], batch: int, order: random.Random) 
 
 
 def decision_of(row: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """An example reduced to its prompt and the tokens that decide, so that opening, conclusion and answer's opening
-    stand side by side. The token after each gap is not learned: a completion never jumps there by itself."""
-    weights = row["weights"]
-    heaviest = max(weights)
-    kept = [n for n, (label, w) in enumerate(zip(row["labels"], weights, strict=True)) if label == -100 or w == heaviest]
-    jumps = {n for before, n in zip(kept, kept[1:], strict=False) if n != before + 1}
+    """An example reduced to its prompt and the tokens that decide: opening, clause, conclusion and answer's opening
+    stand side by side. The token after each gap is not learned, because a completion never jumps there by itself."""
+    heaviest = max(row["weights"])
+    decides = [label == -100 or w == heaviest for label, w in zip(row["labels"], row["weights"], strict=True)]
+    kept = [n for n, decided in enumerate(decides) if decided]
+    jumps = {n for before, n in itertools.pairwise(kept) if n != before + 1}
     labels = [-100 if n in jumps else label for n, label in enumerate(row["labels"])]
     return {name: [values[n] for n in kept] for name, values in (row | {"labels": labels}).items()}
 
