@@ -208,12 +208,27 @@ def test_distill_drops_reasoning_about_gone_text_and_limits_plain(tmp_path):
         sample("x", "a", kept=True).model_copy(update={"prompt": plain.model_copy(update={"id": f"e{n}"})})
         for n in range(9)
     ]
-    made = distill.run(rows, POLICY, folder, plain_share=0.5, max_examples=None, seed=0)
+    made = distill.run(rows, POLICY, folder, plain_share=0.5, seed=0)
     ids = {e.prompt_id for e in folder.records(Example)}
     assert "gone" not in ids
     assert made.counts["gone_text"] == 1
     assert made.counts["plain"] == 4
     assert len(ids) == 8
+
+
+def test_examples_stand_in_turn_the_shortest_first(tmp_path):
+    folder = StageFolder(tmp_path)
+    helped = [sample(f"c{n}", "a" * (9 - n), kept=True) for n in range(6)]
+    declined = [sample(f"r{n}", "a" * (9 - n), kept=True) for n in range(3)]
+    declined = [
+        s.model_copy(update={"prompt": s.prompt.model_copy(update={"behaviour": "refuse", "id": f"r{n}"})})
+        for n, s in enumerate(declined)
+    ]
+    distill.run(helped + declined, POLICY, folder, plain_share=0.5, seed=0)
+    ids = [e.prompt_id for e in folder.records(Example)]
+    assert {ids[0], ids[1]} == {"c5", "r2"}
+    assert sorted(ids[:6]) == ["c3", "c4", "c5", "r0", "r1", "r2"]
+    assert ids[6:] == ["c2", "c1", "c0"]
 
 
 def test_distill_refuses_a_leak(tmp_path):
@@ -227,7 +242,6 @@ def test_distill_refuses_a_leak(tmp_path):
             policy,
             StageFolder(tmp_path),
             plain_share=0.5,
-            max_examples=None,
             seed=0,
         )
 

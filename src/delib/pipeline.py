@@ -152,7 +152,6 @@ class Pipeline:
             self.spec,
             folder,
             plain_share=section.plain_share,
-            max_examples=section.max_examples,
             seed=self.recipe.seed,
         )
 

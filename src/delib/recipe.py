@@ -55,14 +55,13 @@ class FilterSection(Section):
 class DistillSection(Section):
     plain_share: float = Field(default=0.3, ge=0, lt=1)
     """The most that everyday prompts may make up of the examples; the rest of them are left out."""
-    max_examples: int | None = Field(default=None, ge=1)
-    """At most this many examples, in turn from each behaviour and the everyday ones, the shortest completions first;
-    null takes all."""
 
 
 class SftSection(Section):
     epochs: int = Field(default=2, ge=1)
-    """Passes over the examples."""
+    """Passes over whole examples."""
+    whole_examples: int | None = Field(default=None, ge=1)
+    """How many examples these passes take, in turn from each behaviour, the shortest first; null takes all."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate: linear warm-up over a twentieth of the steps, constant over the decision passes, cosine decay
     to zero over the passes on whole examples."""
@@ -73,7 +72,7 @@ class SftSection(Section):
     frozen_layers: int = Field(default=0, ge=0)
     """The first layers (and with any, the embeddings) that do not train: faster, and less is forgotten."""
     decision_epochs: int = Field(default=0, ge=0)
-    """Passes beforehand over the tokens that decide alone; needs a decision_weight above 1."""
+    """Passes beforehand over the tokens that decide alone, of all examples; needs a decision_weight above 1."""
     decision_weight: float = Field(default=1.0, ge=1, validate_default=True)
     """Loss weight of the tokens that decide: a reasoning's opening, clause and conclusion, and the answer's opening."""
     checkpoint_steps: int = Field(default=10, ge=1)

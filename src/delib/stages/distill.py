@@ -1,10 +1,11 @@
 """Stage 4, distill: the spec is taken out; what is left is what the model learns to write by itself.
 
 In: filtered Samples. Out: Examples (prompt without the spec → reasoning + answer), everyday prompts mixed in up to a
-share, in a seeded order. Fails when text of the spec stands in an example's messages; drops reasoning that points at
+share, in turn from each behaviour. Fails when text of the spec stands in an example's messages; drops reasoning that points at
 text that is gone ("the policy above").
 """
 
+import itertools
 import random
 import re
 
@@ -30,7 +31,7 @@ def leaks(examples: list[Example], spec: Spec) -> list[str]:
 
 
 def run(
-    samples: list[Sample], spec: Spec, folder: StageFolder, *, plain_share: float, max_examples: int | None, seed: int
+    samples: list[Sample], spec: Spec, folder: StageFolder, *, plain_share: float, seed: int
 ) -> Manifest:
     """Write the Examples."""
     kept = [s for s in samples if s.kept and s.completion is not None]
@@ -42,8 +43,7 @@ def run(
     order.shuffle(policy)
     if policy:
         plain = plain[: round(len(policy) * plain_share / (1 - plain_share))]
-    chosen = _balanced(policy + plain, max_examples) if max_examples else policy + plain
-    order.shuffle(chosen)
+    chosen = _in_turn(policy + plain)
     examples = [
         Example(prompt_id=s.prompt.id, messages=s.prompt.messages, reasoning=c.reasoning, answer=c.answer)
         for s in chosen
@@ -65,15 +65,10 @@ def run(
     return Manifest(stage="distill", recipe="", inputs={}, outputs={}, counts=counts)
 
 
-def _balanced(samples: list[Sample], limit: int) -> list[Sample]:
-    """Take in turn from each behaviour, everyday prompts apart, so that a cut leaves as much refusing as helping on
-    the policy's own subjects; the shortest completions first, which cost the fewest tokens."""
+def _in_turn(samples: list[Sample]) -> list[Sample]:
+    """One in turn from each behaviour, everyday prompts apart, so that the first n hold as much refusing as helping on
+    the policy's own subjects while there is enough of each; the shortest completions, which cost the least, first."""
     piles: dict[tuple[str, bool], list[Sample]] = {}
-    for sample in sorted(samples, key=lambda s: -len(s.completion.text) if s.completion else 0):
+    for sample in sorted(samples, key=lambda s: len(s.completion.text) if s.completion else 0):
         piles.setdefault((str(sample.prompt.behaviour), sample.prompt.category is None), []).append(sample)
-    taken: list[Sample] = []
-    while len(taken) < limit and any(piles.values()):
-        for pile in piles.values():
-            if pile and len(taken) < limit:
-                taken.append(pile.pop())
-    return taken
+    return [sample for turn in itertools.zip_longest(*piles.values()) for sample in turn if sample is not None]

@@ -146,7 +146,8 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
     decisions = [decision_of(row) for row in rows]
     course = [row for _ in range(section.decision_epochs) for row in grouped(decisions, section.batch_size, order)]
     first = len(course)
-    course += [row for _ in range(section.epochs) for row in grouped(rows, section.batch_size, order)]
+    whole = rows[: section.whole_examples]
+    course += [row for _ in range(section.epochs) for row in grouped(whole, section.batch_size, order)]
     tokens = sum(len(r["input_ids"]) for r in course)
     # The last trainable layers start from the same weights after a kill: the trainer's checkpoint holds them all.
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, recipe.dtype))
@@ -193,7 +194,7 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
     weights.save(model, tokenizer, base, folder.path / "checkpoint")
     curve = [h for h in trainer.state.log_history if "loss" in h]
     shutil.rmtree(scratch, ignore_errors=True)
-    counts = {"in": len(examples), "out": len(rows), "steps": trainer.state.global_step}
+    counts = {"in": len(examples), "out": len(rows), "whole": len(whole), "steps": trainer.state.global_step}
     detail = {
         "curve": [{"step": h["step"], "loss": h["loss"], "accuracy": h.get("mean_token_accuracy")} for h in curve],
         "resumed_from": last.name if last else None,
