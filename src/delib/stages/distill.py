@@ -1,8 +1,8 @@
 """Stage 4, distill: the spec is taken out; what is left is what the model learns to write by itself.
 
 In: filtered Samples. Out: Examples (prompt without the spec → reasoning + answer), everyday prompts mixed in up to a
-share, in turn from each behaviour. Fails when text of the spec stands in an example's messages; drops reasoning that points at
-text that is gone ("the policy above").
+share, in turn from each behaviour. Fails when text of the spec stands in an example's messages; drops reasoning that
+points at text that is gone ("the policy above").
 """
 
 import itertools
@@ -30,9 +30,7 @@ def leaks(examples: list[Example], spec: Spec) -> list[str]:
     return [e.prompt_id for e in examples if any(shingles(m.content) & policy for m in e.messages)]
 
 
-def run(
-    samples: list[Sample], spec: Spec, folder: StageFolder, *, plain_share: float, seed: int
-) -> Manifest:
+def run(samples: list[Sample], spec: Spec, folder: StageFolder, *, plain_share: float, seed: int) -> Manifest:
     """Write the Examples."""
     kept = [s for s in samples if s.kept and s.completion is not None]
     sound = [s for s in kept if not points_at_gone_text(s.completion.reasoning or "")]  # type: ignore[union-attr]
