@@ -47,9 +47,3 @@ def test_quickstart_is_sound_and_survives_a_round_trip(tmp_path):
     copy = tmp_path / "copy.yaml"
     copy.write_text(recipe.dump(loaded), encoding="utf-8")
     assert recipe.load(copy) == loaded
-
-
-def test_decision_passes_need_marked_tokens(tmp_path):
-    file = tmp_path / "r.yaml"
-    file.write_text("name: x\nsft: {decision_epochs: 1}\n", encoding="utf-8")
-    assert "decision_epochs needs a weight above 1" in problems_of(file)[0]

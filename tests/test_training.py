@@ -6,6 +6,7 @@ import pytest
 
 from conftest import SPEC
 from delib import spec
+from delib.recipe import SftSection
 from delib.records import Example, Message, Prompt, Sample, Verdict
 from delib.run import StageFolder
 from delib.stages import rl, sft
@@ -82,7 +83,8 @@ def test_the_plain_head_has_the_loss_of_trl(tiny_model, tokenizer, tmp_path):
 
 
 def test_what_decides_weighs_more(tokenizer):
-    """The opening, the conclusion and the answer's opening weigh more; the prompt nothing; all else one."""
+    """The opening, the conclusion and the answer's opening weigh more, the first word most; the prompt nothing; all
+    else one."""
     reasoning = "Harmful: " + "a long weighing of what is asked and why, " * 4 + "it is. I refuse."
     answer = "I'm sorry, but " + "this is something that I can't help you with. " * 3
     example = Example(
@@ -92,15 +94,17 @@ def test_what_decides_weighs_more(tokenizer):
     start = next(n for n, label in enumerate(row["labels"]) if label != -100)
     assert len(row["weights"]) == len(row["labels"])
     assert set(row["weights"][:start]) == {0.0}
-    assert row["weights"][start : start + sft.OPENING] == [4.0] * sft.OPENING
+    most = [i for i, w in zip(row["input_ids"], row["weights"], strict=True) if w == 16.0]
+    assert tokenizer.decode(most) == "Harmful:"
+    assert set(row["weights"][start : start + sft.OPENING]) == {4.0, 16.0}
     heavy = [i for i, w in zip(row["input_ids"], row["weights"], strict=True) if w == 4.0]
-    decided = tokenizer.decode(heavy[sft.OPENING :])
+    decided = tokenizer.decode(heavy)
     assert "I refuse.\n</think>\n\nI'm sorry" in decided
     assert len(decided) < 60
     assert row["weights"][-1] == 1.0
 
 
-def test_a_decision_is_an_example_without_what_lies_between(tokenizer):
+def test_a_decision_is_an_example_cut_off_after_its_opening(tokenizer):
     example = Example(
         prompt_id="p",
         messages=[Message(role="user", content="Hello?")],
@@ -110,21 +114,37 @@ def test_a_decision_is_an_example_without_what_lies_between(tokenizer):
     row = sft.tokenise(example, tokenizer, 999, 4.0)
     cut = sft.decision_of(row)
     start = next(n for n, label in enumerate(row["labels"]) if label != -100)
-    assert cut["input_ids"][: start + sft.OPENING] == row["input_ids"][: start + sft.OPENING]
-    assert cut["labels"][: start + sft.OPENING] == row["labels"][: start + sft.OPENING]
-    assert set(cut["weights"][start:]) == {4.0}
-    rest = cut["input_ids"][start + sft.OPENING :]
-    assert tokenizer.decode(rest).startswith(" I refuse.\n</think>\n\nI'm sorry")
-    assert cut["labels"][start + sft.OPENING :] == [-100, *rest[1:]]
+    assert {name: values[: start + sft.OPENING] for name, values in row.items()} == cut
 
 
 def test_batches_of_like_length_hold_every_row():
     rows = [{"input_ids": [n] * (1 + n * 7 % 50), "labels": []} for n in range(200)]
     found = sft.grouped(rows, 4, random.Random(0))
-    assert sorted(r["input_ids"] for r in found) == sorted(r["input_ids"] for r in rows)
-    spread = [[len(r["input_ids"]) for r in found[i : i + 4]] for i in range(0, 200, 4)]
-    assert sum(max(s) - min(s) for s in spread) / len(spread) < 10
+    assert sorted(r["input_ids"] for batch in found for r in batch) == sorted(r["input_ids"] for r in rows)
+    lengths = [[len(r["input_ids"]) for r in batch] for batch in found]
+    assert sum(max(s) - min(s) for s in lengths) / len(lengths) < 10
     assert found == sft.grouped(rows, 4, random.Random(0)) != sft.grouped(rows, 4, random.Random(1))
+
+
+def test_whole_examples_and_decisions_are_mixed_but_not_within_a_batch(tokenizer):
+    examples = [
+        Example(
+            prompt_id=f"p{n}",
+            messages=[Message(role="user", content=f"Hello {n}?")],
+            reasoning="Harmful: " + "why " * 30 + "is told. I refuse.",
+            answer="I'm sorry, I can't help with that.",
+        )
+        for n in range(10)
+    ]
+    rows = [sft.tokenise(e, tokenizer, 999, 4.0) for e in examples]
+    section = SftSection(decision_epochs=2, epochs=1, whole_examples=6, batch_size=4, decision_weight=4)
+    course = sft.course_of(rows, section, random.Random(0))
+    whole = [any(row == r for r in rows) for row in course]
+    assert (len(course), sum(whole)) == (26, 6)
+    assert all(row in rows[:6] for row, is_whole in zip(course, whole, strict=True) if is_whole)
+    full = [whole[i : i + 4] for i in range(0, 20, 4)]
+    assert all(len(set(batch)) == 1 for batch in full)
+    assert course == sft.course_of(rows, section, random.Random(0)) != sft.course_of(rows, section, random.Random(1))
 
 
 class WatchingJudge:

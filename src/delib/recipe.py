@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from delib.errors import UserError
 from delib.spec import read_text
@@ -63,8 +63,8 @@ class SftSection(Section):
     whole_examples: int | None = Field(default=None, ge=1)
     """How many examples these passes take, in turn from each behaviour, the shortest first; null takes all."""
     learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak learning rate: linear warm-up over a twentieth of the steps, constant over the decision passes, cosine decay
-    to zero over the passes on whole examples."""
+    """Peak learning rate: linear warm-up over a twentieth of the steps, cosine decay to zero over the last two
+    fifths."""
     batch_size: int = Field(default=8, ge=1)
     """Examples an optimiser step."""
     max_tokens: int = Field(default=384, ge=32)
@@ -72,18 +72,12 @@ class SftSection(Section):
     frozen_layers: int = Field(default=0, ge=0)
     """The first layers (and with any, the embeddings) that do not train: faster, and less is forgotten."""
     decision_epochs: int = Field(default=0, ge=0)
-    """Passes beforehand over the tokens that decide alone, of all examples; needs a decision_weight above 1."""
-    decision_weight: float = Field(default=1.0, ge=1, validate_default=True)
-    """Loss weight of the tokens that decide: a reasoning's opening, clause and conclusion, and the answer's opening."""
+    """Passes over all examples cut off after their reasoning's opening, mixed among the others."""
+    decision_weight: float = Field(default=1.0, ge=1)
+    """Loss weight of the tokens that decide: a reasoning's opening, clause and conclusion, and the answer's opening.
+    The first word of a reasoning weighs its square."""
     checkpoint_steps: int = Field(default=10, ge=1)
     """A checkpoint to resume from is written every so many steps."""
-
-    @field_validator("decision_weight")
-    @classmethod
-    def _marks_what_decides(cls, weight: float, info: ValidationInfo) -> float:
-        if info.data.get("decision_epochs", 0) > 0 and weight == 1:
-            raise ValueError("decision_epochs needs a weight above 1, which marks the tokens that decide")
-        return weight
 
 
 class RlSection(Section):

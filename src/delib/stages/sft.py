@@ -2,11 +2,10 @@
 
 In: Examples and a model folder. Out: `checkpoint/` (safetensors) and the curve in the manifest. Resumes from the
 last trainer checkpoint. Departures from the published method, which does not disclose sizes: a small model may keep its
-first layers frozen, may first learn to decide from the tokens that decide alone, and these may weigh more; no separate
-capability data is mixed in beside the plain prompts.
+first layers frozen, may see the reasoning's opening alone for more prompts than it sees whole examples, and the tokens
+that decide may weigh more; no separate capability data is mixed in beside the plain prompts.
 """
 
-import itertools
 import os
 import random
 import re
@@ -16,7 +15,7 @@ from typing import Any
 
 from delib import chat
 from delib.models import weights
-from delib.recipe import Recipe
+from delib.recipe import Recipe, SftSection
 from delib.records import Example, Manifest
 from delib.run import StageFolder
 
@@ -30,16 +29,22 @@ CONCLUSION, AFTER = 40, 12
 """Characters: the reasoning's last sentence, at most so many of them, and the answer's opening after `</think>`. Where
 many answers open in the same words and the others each in their own, greedy decoding takes the same words for all,
 unless the answer's opening is learned to follow the conclusion, and the conclusion to follow the opening."""
+DECAY = 0.4
+"""Share of the steps at the end over which the learning rate falls."""
 CLAUSE = re.compile(r"\s\S+\s[A-Z]{1,4}\d{1,3}\b")
 """A clause's ID and the word before it."""
 
+Row = dict[str, list[Any]]
+"""One tokenised example: `input_ids`, `labels` and `weights`, lists of one length."""
 
-def tokenise(example: Example, tokenizer: Any, max_tokens: int, decision_weight: float = 1.0) -> dict[str, list[Any]]:
+
+def tokenise(example: Example, tokenizer: Any, max_tokens: int, decision_weight: float = 1.0) -> Row:
     """Token ids, labels and loss weights of one example, three lists of one length.
 
     Labels are -100 over the prompt, so only what the model writes is learned. Prompt and completion are tokenised
     apart, as at generation time, and the end-of-turn token closes the completion. Tokens of the decision (the
-    reasoning's opening, its clause, its conclusion and the answer's opening) weigh `decision_weight`, the others 1.
+    reasoning's opening, its clause, its conclusion and the answer's opening) weigh `decision_weight`, the reasoning's
+    first word, which decides all the rest, its square, the others 1.
     """
     prompt = tokenizer.encode(chat.render(tokenizer, example.messages), add_special_tokens=False)
     text = chat.join(example.reasoning, example.answer)
@@ -48,11 +53,13 @@ def tokenise(example: Example, tokenizer: Any, max_tokens: int, decision_weight:
     close = text.index(chat.CLOSE)
     first = max(text.rfind(". ", 0, close) + 1, close - CONCLUSION)
     spans = [(first, close + len(chat.CLOSE) + AFTER), *(m.span() for m in CLAUSE.finditer(text, 0, close))]
-    decides = [
-        n < OPENING or any(first <= start < last for first, last in spans)
-        for n, (start, _) in enumerate(made["offset_mapping"])
-    ]
-    weights = [0.0] * len(prompt) + [decision_weight if d else 1.0 for d in decides] + [1.0]
+    word = re.search(r"\S+", text[len(chat.OPEN) :])
+    opens = range(len(chat.OPEN) + word.start(), len(chat.OPEN) + word.end()) if word else range(0)
+    weights = [0.0] * len(prompt)
+    for n, (start, _) in enumerate(made["offset_mapping"]):
+        decides = n < OPENING or any(first <= start < last for first, last in spans)
+        weights.append(decision_weight**2 if start in opens else decision_weight if decides else 1.0)
+    weights.append(1.0)
     return {
         "input_ids": (prompt + completion)[:max_tokens],
         "labels": ([-100] * len(prompt) + completion)[:max_tokens],
@@ -60,24 +67,29 @@ def tokenise(example: Example, tokenizer: Any, max_tokens: int, decision_weight:
     }
 
 
-def grouped(rows: list[dict[str, list[int]]], batch: int, order: random.Random) -> list[dict[str, list[int]]]:
-    """The rows in a seeded order in which the rows of a batch are of like length, so that little is padding."""
+def grouped(rows: list[Row], batch: int, order: random.Random) -> list[list[Row]]:
+    """One pass over the rows in batches whose rows are of like length, so that little is padding."""
     rows = order.sample(rows, len(rows))
     window = 16 * batch
     windows = [sorted(rows[i : i + window], key=lambda r: len(r["input_ids"])) for i in range(0, len(rows), window)]
-    batches = [part[i : i + batch] for part in windows for i in range(0, len(part), batch)]
-    return [row for part in order.sample(batches, len(batches)) for row in part]
+    return [part[i : i + batch] for part in windows for i in range(0, len(part), batch)]
 
 
-def decision_of(row: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """An example reduced to its prompt and the tokens that decide: opening, clause, conclusion and answer's opening
-    stand side by side. The token after each gap is not learned, because a completion never jumps there by itself."""
-    heaviest = max(row["weights"])
-    decides = [label == -100 or w == heaviest for label, w in zip(row["labels"], row["weights"], strict=True)]
-    kept = [n for n, decided in enumerate(decides) if decided]
-    jumps = {n for before, n in itertools.pairwise(kept) if n != before + 1}
-    labels = [-100 if n in jumps else label for n, label in enumerate(row["labels"])]
-    return {name: [values[n] for n in kept] for name, values in (row | {"labels": labels}).items()}
+def course_of(rows: list[Row], section: SftSection, order: random.Random) -> list[Row]:
+    """Everything that training shows, in order: whole examples and decisions in batches of their own, in a seeded mix,
+    so that neither is forgotten over the other. Batches that are not full come last."""
+    whole = rows[: section.whole_examples]
+    decisions = [decision_of(row) for row in rows]
+    batches = [b for _ in range(section.decision_epochs) for b in grouped(decisions, section.batch_size, order)]
+    batches += [b for _ in range(section.epochs) for b in grouped(whole, section.batch_size, order)]
+    mixed = sorted(order.sample(batches, len(batches)), key=len, reverse=True)
+    return [row for batch in mixed for row in batch]
+
+
+def decision_of(row: Row) -> Row:
+    """An example cut off after its reasoning's opening: the prompt, how it stands and under which category."""
+    end = sum(weight == 0 for weight in row["weights"]) + OPENING
+    return {name: values[:end] for name, values in row.items()}
 
 
 def collator(tokenizer: Any) -> Any:
@@ -142,19 +154,12 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
     section = recipe.sft
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = [tokenise(e, tokenizer, section.max_tokens, section.decision_weight) for e in examples]
-    order = random.Random(recipe.seed)
-    decisions = [decision_of(row) for row in rows]
-    course = [row for _ in range(section.decision_epochs) for row in grouped(decisions, section.batch_size, order)]
-    first = len(course)
-    whole = rows[: section.whole_examples]
-    course += [row for _ in range(section.epochs) for row in grouped(whole, section.batch_size, order)]
+    course = course_of(rows, section, random.Random(recipe.seed))
     tokens = sum(len(r["input_ids"]) for r in course)
     # The last trainable layers start from the same weights after a kill: the trainer's checkpoint holds them all.
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, recipe.dtype))
     weights.freeze(model, section.frozen_layers)
     steps = -(-len(course) // section.batch_size)
-    warmup = max(1, steps // 20)
-    decay = min(-(-(len(course) - first) // section.batch_size), steps - warmup)
     scratch = folder.path / "trainer"
     arguments = SFTConfig(
         output_dir=str(scratch),
@@ -162,8 +167,8 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
         per_device_train_batch_size=section.batch_size,
         learning_rate=section.learning_rate,
         lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": decay},
-        warmup_steps=warmup,
+        lr_scheduler_kwargs={"num_decay_steps": round(steps * DECAY)},
+        warmup_steps=max(1, steps // 20),
         weight_decay=0.0,
         max_grad_norm=1.0,
         seed=recipe.seed,
@@ -194,7 +199,7 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
     weights.save(model, tokenizer, base, folder.path / "checkpoint")
     curve = [h for h in trainer.state.log_history if "loss" in h]
     shutil.rmtree(scratch, ignore_errors=True)
-    counts = {"in": len(examples), "out": len(rows), "whole": len(whole), "steps": trainer.state.global_step}
+    counts = {"in": len(examples), "out": len(rows), "steps": trainer.state.global_step}
     detail = {
         "curve": [{"step": h["step"], "loss": h["loss"], "accuracy": h.get("mean_token_accuracy")} for h in curve],
         "resumed_from": last.name if last else None,
