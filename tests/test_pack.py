@@ -56,6 +56,9 @@ def test_a_good_demonstration_is_good(prompt, parts):
     assert prompt.clause in settled.clauses
     assert not settled.unknown_clauses
     assert not reading.points_at_gone_text(parts.reasoning)
+    kind = "Everyday" if prompt.category is None else str(prompt.behaviour)
+    word = {"refuse": "Harmful", "comply": "Benign", "safe_complete": "Sensitive"}.get(kind, kind)
+    assert parts.reasoning.split()[0].rstrip(":.,") == word
     if prompt.expected:
         assert any(e.lower() in parts.answer.lower() for e in prompt.expected)
 

@@ -224,11 +224,13 @@ def test_examples_stand_in_turn_the_shortest_first(tmp_path):
         s.model_copy(update={"prompt": s.prompt.model_copy(update={"behaviour": "refuse", "id": f"r{n}"})})
         for n, s in enumerate(declined)
     ]
-    distill.run(helped + declined, POLICY, folder, plain_share=0.5, seed=0)
+    plain = sample("e", "a" * 20, kept=True)
+    plain = plain.model_copy(update={"prompt": plain.prompt.model_copy(update={"category": None, "source": "plain"})})
+    distill.run([*helped, *declined, plain], POLICY, folder, plain_share=0.5, seed=0)
     ids = [e.prompt_id for e in folder.records(Example)]
-    assert {ids[0], ids[1]} == {"c5", "r2"}
-    assert sorted(ids[:6]) == ["c3", "c4", "c5", "r0", "r1", "r2"]
-    assert ids[6:] == ["c2", "c1", "c0"]
+    assert sorted(ids[:3]) == ["c5", "e", "r2"]
+    assert sorted(ids[:7]) == ["c3", "c4", "c5", "e", "r0", "r1", "r2"]
+    assert ids[7:] == ["c2", "c1", "c0"]
 
 
 def test_distill_refuses_a_leak(tmp_path):

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from conftest import SPEC
-from delib import spec
+from delib import recipe, spec
 from delib.recipe import SftSection
 from delib.records import Example, Message, Prompt, Sample, Verdict
 from delib.run import StageFolder
@@ -23,7 +23,7 @@ def tokenizer(tiny_model):
 
 def test_the_loss_is_on_reasoning_and_answer_only(tokenizer):
     example = Example(prompt_id="p", messages=[Message(role="user", content="Hello?")], reasoning="why", answer="yes")
-    row = sft.tokenise(example, tokenizer, 999)
+    row = sft.tokenise(example, tokenizer)
     assert len(row["input_ids"]) == len(row["labels"])
     start = next(n for n, label in enumerate(row["labels"]) if label != -100)
     assert tokenizer.decode(row["input_ids"][:start]) == "<|im_start|>user\nHello?<|im_end|>\n<|im_start|>assistant\n"
@@ -44,7 +44,6 @@ def test_the_plain_head_has_the_loss_of_trl(tiny_model, tokenizer, tmp_path):
                 prompt_id="p", messages=[Message(role="user", content="Hi" * n)], reasoning="why " * n, answer="yes"
             ),
             tokenizer,
-            999,
         )
         for n in (1, 3, 5)
     ]
@@ -85,12 +84,12 @@ def test_the_plain_head_has_the_loss_of_trl(tiny_model, tokenizer, tmp_path):
 def test_what_decides_weighs_more(tokenizer):
     """The opening, the conclusion and the answer's opening weigh more, the first word most; the prompt nothing; all
     else one."""
-    reasoning = "Harmful: " + "a long weighing of what is asked and why, " * 4 + "it is. I refuse."
+    reasoning = "Harmful: " + "a long weighing of what is asked and why, " * 4 + "it is under K1. I refuse."
     answer = "I'm sorry, but " + "this is something that I can't help you with. " * 3
     example = Example(
         prompt_id="p", messages=[Message(role="user", content="Hello?")], reasoning=reasoning, answer=answer
     )
-    row = sft.tokenise(example, tokenizer, 999, 4.0)
+    row = sft.tokenise(example, tokenizer, 4.0)
     start = next(n for n, label in enumerate(row["labels"]) if label != -100)
     assert len(row["weights"]) == len(row["labels"])
     assert set(row["weights"][:start]) == {0.0}
@@ -100,19 +99,20 @@ def test_what_decides_weighs_more(tokenizer):
     heavy = [i for i, w in zip(row["input_ids"], row["weights"], strict=True) if w == 4.0]
     decided = tokenizer.decode(heavy)
     assert "I refuse.\n</think>\n\nI'm sorry" in decided
-    assert len(decided) < 60
+    assert " under K1" in decided
+    assert len(decided) < 75
     assert row["weights"][-1] == 1.0
 
 
-def test_a_decision_is_an_example_cut_off_after_its_opening(tokenizer):
+def test_an_opening_is_an_example_cut_off(tokenizer):
     example = Example(
         prompt_id="p",
         messages=[Message(role="user", content="Hello?")],
         reasoning="Harmful: " + "why " * 30 + "is told. I refuse.",
         answer="I'm sorry, I can't help with that, not even a little.",
     )
-    row = sft.tokenise(example, tokenizer, 999, 4.0)
-    cut = sft.decision_of(row)
+    row = sft.tokenise(example, tokenizer, 4.0)
+    cut = sft.opening_of(row)
     start = next(n for n, label in enumerate(row["labels"]) if label != -100)
     assert {name: values[: start + sft.OPENING] for name, values in row.items()} == cut
 
@@ -126,7 +126,7 @@ def test_batches_of_like_length_hold_every_row():
     assert found == sft.grouped(rows, 4, random.Random(0)) != sft.grouped(rows, 4, random.Random(1))
 
 
-def test_whole_examples_and_decisions_are_mixed_but_not_within_a_batch(tokenizer):
+def test_whole_examples_and_openings_are_mixed_but_not_within_a_batch(tokenizer):
     examples = [
         Example(
             prompt_id=f"p{n}",
@@ -134,17 +134,119 @@ def test_whole_examples_and_decisions_are_mixed_but_not_within_a_batch(tokenizer
             reasoning="Harmful: " + "why " * 30 + "is told. I refuse.",
             answer="I'm sorry, I can't help with that.",
         )
-        for n in range(10)
+        for n in range(42)
     ]
-    rows = [sft.tokenise(e, tokenizer, 999, 4.0) for e in examples]
-    section = SftSection(decision_epochs=2, epochs=1, whole_examples=6, batch_size=4, decision_weight=4)
+    rows = [sft.tokenise(e, tokenizer, 4.0) for e in examples]
+    section = SftSection(opening_epochs=2, epochs=2, whole_examples=30, batch_size=4, decision_weight=4)
     course = sft.course_of(rows, section, random.Random(0))
-    whole = [any(row == r for r in rows) for row in course]
-    assert (len(course), sum(whole)) == (26, 6)
-    assert all(row in rows[:6] for row, is_whole in zip(course, whole, strict=True) if is_whole)
-    full = [whole[i : i + 4] for i in range(0, 20, 4)]
+    whole = [row in rows for row in course]
+    assert (len(course), sum(whole)) == (144, 60)
+    assert all(row in rows[:30] for row, is_whole in zip(course, whole, strict=True) if is_whole)
+    full = [whole[i : i + 4] for i in range(0, 136, 4)]
     assert all(len(set(batch)) == 1 for batch in full)
+    for half in (full[:17], full[17:]):
+        assert 3 < sum(batch[0] for batch in half) < 14
     assert course == sft.course_of(rows, section, random.Random(0)) != sft.course_of(rows, section, random.Random(1))
+
+
+def test_the_trainer_shows_the_course_in_its_order(tiny_model, tokenizer, tmp_path):
+    """`run` on nine examples, one of them too long: what the data loader gave, batch by batch."""
+    examples = [
+        Example(
+            prompt_id=f"p{n}",
+            messages=[Message(role="user", content=f"Hello {n}?")],
+            reasoning="Harmful: " + "why " * (200 if n == 8 else n) + "is told. I refuse.",
+            answer="I'm sorry.",
+        )
+        for n in range(9)
+    ]
+    given = recipe.Recipe(sft=SftSection(opening_epochs=1, epochs=1, batch_size=2, max_tokens=200, decision_weight=2))
+    seen = []
+    kind = sft.trainer_class()
+
+    class Watching(kind):
+        def compute_loss(self, model, inputs, **more):
+            seen.append(inputs["input_ids"].tolist())
+            return super().compute_loss(model, inputs, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "trainer_class", lambda: Watching)
+        made = sft.run(given, examples, tiny_model, StageFolder(tmp_path))
+    rows = [sft.tokenise(e, tokenizer, 2) for e in examples[:8]]
+    course = [r["input_ids"] for r in sft.course_of(rows, given.sft, random.Random(0))]
+    shown = [ids for batch in seen for ids in batch]
+    assert [ids[: len(want)] for ids, want in zip(shown, course, strict=True)] == course
+    assert made.counts == {"in": 9, "whole": 8, "openings": 8, "dropped": 1, "steps": 8}
+
+
+def test_the_loss_is_a_weighted_mean(tiny_model, tokenizer, tmp_path):
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig
+
+    rows = [
+        sft.tokenise(
+            Example(prompt_id="p", messages=[Message(role="user", content="Hi")], reasoning="why " * n, answer="yes"),
+            tokenizer,
+            4.0,
+        )
+        for n in (1, 9)
+    ]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    trainer = sft.trainer_class()(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+            max_length=None,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        data_collator=sft.collator(tokenizer),
+    )
+    found = trainer.compute_loss(model, sft.collator(tokenizer)(rows)).item()
+    total = count = 0.0
+    for row in rows:
+        with torch.no_grad():
+            odds = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        for n in range(1, len(row["labels"])):
+            if row["labels"][n] != -100:
+                total -= row["weights"][n] * odds[n - 1, row["labels"][n]].item()
+                count += row["weights"][n]
+    assert {1.0, 4.0, 16.0} <= {w for row in rows for w in row["weights"]}
+    assert found == pytest.approx(total / count, rel=1e-4)
+
+
+class Opened:
+    """A tokenizer whose template opens the reasoning, as some do."""
+
+    def __init__(self, inner):
+        self.inner, self.eos_token_id = inner, inner.eos_token_id
+
+    def __call__(self, *given, **more):
+        return self.inner(*given, **more)
+
+    def encode(self, *given, **more):
+        return self.inner.encode(*given, **more)
+
+    def apply_chat_template(self, *given, **more):
+        return self.inner.apply_chat_template(*given, **more) + "<think>\n"
+
+
+def test_a_template_that_opens_the_reasoning_is_not_answered_with_another_tag(tokenizer):
+    example = Example(
+        prompt_id="p", messages=[Message(role="user", content="Hello?")], reasoning="Harmful: why", answer="yes"
+    )
+    row = sft.tokenise(example, Opened(tokenizer), 4.0)
+    assert tokenizer.decode(row["input_ids"]).count("<think>") == 1
+    most = [i for i, w in zip(row["input_ids"], row["weights"], strict=True) if w == 16.0]
+    assert tokenizer.decode(most) == "Harmful:"
 
 
 class WatchingJudge:

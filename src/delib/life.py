@@ -32,7 +32,7 @@ def tell(path: Path, prompt_id: str) -> str:
                 lines += [text for verdict in graded.verdicts for text in _judged(verdict)]
     for example in run.stage("distill").records(Example):
         if example.prompt_id == prompt_id:
-            lines += ["", "## distill: this is trained on, without the spec", example.reasoning, "---", example.answer]
+            lines += ["", "## distill: an example, without the spec", example.reasoning, "---", example.answer]
     for sample in run.stage("rl").records(Sample):
         if sample.prompt.id == prompt_id and sample.completion:
             lines += ["", f"## rl: completion {sample.index}", *_written(sample.completion)]

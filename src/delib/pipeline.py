@@ -5,6 +5,7 @@ inputs. Otherwise it runs, going on from the records that it finished under the 
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -90,6 +91,7 @@ class Pipeline:
         """Run one stage unless it is done, and write its manifest."""
         key, folder = self.key(stage), self.folder(stage)
         if folder.done(key):
+            shutil.rmtree(folder.path / weights.TRAINER, ignore_errors=True)
             say(f"{stage}: done already")
             manifest = folder.manifest()
             assert manifest is not None
@@ -108,6 +110,7 @@ class Pipeline:
         seconds = time.monotonic() - started
         named = {"recipe": key, "inputs": self.inputs(stage), "seconds": round(seconds, 1)}
         final = folder.finish(made.model_copy(update=named), _OUTPUTS[stage](folder))
+        shutil.rmtree(folder.path / weights.TRAINER, ignore_errors=True)
         say(f"{stage}: {', '.join(f'{k} {v}' for k, v in final.counts.items())} ({final.seconds:.0f} s)")
         return final
 

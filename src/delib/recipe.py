@@ -61,21 +61,22 @@ class SftSection(Section):
     epochs: int = Field(default=2, ge=1)
     """Passes over whole examples."""
     whole_examples: int | None = Field(default=None, ge=1)
-    """How many examples these passes take, in turn from each behaviour, the shortest first; null takes all."""
+    """How many examples these passes take, in turn from each behaviour and the everyday ones, those with the shortest
+    completions first; null takes all. `plain_share` is about all examples, not about these."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate: linear warm-up over a twentieth of the steps, cosine decay to zero over the last two
     fifths."""
     batch_size: int = Field(default=8, ge=1)
     """Examples an optimiser step."""
     max_tokens: int = Field(default=384, ge=32)
-    """Longer examples are cut."""
+    """Longer examples are left out and counted."""
     frozen_layers: int = Field(default=0, ge=0)
     """The first layers (and with any, the embeddings) that do not train: faster, and less is forgotten."""
-    decision_epochs: int = Field(default=0, ge=0)
+    opening_epochs: int = Field(default=0, ge=0)
     """Passes over all examples cut off after their reasoning's opening, mixed among the others."""
     decision_weight: float = Field(default=1.0, ge=1)
     """Loss weight of the tokens that decide: a reasoning's opening, clause and conclusion, and the answer's opening.
-    The first word of a reasoning weighs its square."""
+    The first word of a reasoning weighs the square of this."""
     checkpoint_steps: int = Field(default=10, ge=1)
     """A checkpoint to resume from is written every so many steps."""
 

@@ -183,6 +183,10 @@ def freeze(model: Any, layers: int) -> None:
         layer.requires_grad_(False)
 
 
+TRAINER = "trainer"
+"""Folder of a training stage for the trainer's checkpoints; it goes when the stage's manifest stands."""
+
+
 def last_checkpoint(scratch: Path) -> Path | None:
     """The trainer's newest whole checkpoint. One that was cut off while it was written is removed.
 

@@ -8,7 +8,6 @@ paper does not disclose algorithm or sizes; GRPO here, harmful, look-alike and p
 import itertools
 import os
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -103,7 +102,7 @@ def run(recipe: Recipe, prompts: list[Prompt], judge: Judge, spec: Spec, start: 
     rows = [{"prompt": chat.render(tokenizer, p.messages), "prompt_id": p.id} for p in chosen]
     model = AutoModelForCausalLM.from_pretrained(start, dtype=getattr(torch, recipe.dtype))
     weights.freeze(model, section.frozen_layers)
-    scratch = folder.path / "trainer"
+    scratch = folder.path / weights.TRAINER
     arguments = GRPOConfig(
         output_dir=str(scratch),
         max_steps=section.steps,
@@ -142,7 +141,6 @@ def run(recipe: Recipe, prompts: list[Prompt], judge: Judge, spec: Spec, start: 
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     weights.save(model, tokenizer, start, folder.path / "checkpoint")
     history = [h for h in trainer.state.log_history if "reward" in h]
-    shutil.rmtree(scratch, ignore_errors=True)
     made = folder.records(Sample)
     counts = {
         "in": len(chosen),

@@ -1,19 +1,20 @@
 """Stage 5, SFT: TRL's SFTTrainer on the distilled examples; the loss is on reasoning and answer only.
 
-In: Examples and a model folder. Out: `checkpoint/` (safetensors) and the curve in the manifest. Resumes from the
-last trainer checkpoint. Departures from the published method, which does not disclose sizes: a small model may keep its
-first layers frozen, may see the reasoning's opening alone for more prompts than it sees whole examples, and the tokens
-that decide may weigh more; no separate capability data is mixed in beside the plain prompts.
+In: Examples, in the order in which distill leaves them, and a model folder. Out: `checkpoint/` (safetensors) and the
+curve in the manifest. Resumes from the last trainer checkpoint. Departures from the published method, which does not
+disclose sizes: a small model may keep its first layers frozen, may see the reasoning's opening alone for more prompts
+than it sees whole examples, and the tokens that decide may weigh more; no separate capability data is mixed in beside
+the plain prompts.
 """
 
 import os
 import random
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 from delib import chat
+from delib.errors import UserError
 from delib.models import weights
 from delib.recipe import Recipe, SftSection
 from delib.records import Example, Manifest
@@ -24,47 +25,46 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 OPENING = 9
 """Tokens at the start of a completion, `<think>` included, in which a reasoning says how the request stands and under
-which category."""
+which category: counted with SmolLM2's tokenizer, where `<think>` and its newline are four."""
 CONCLUSION, AFTER = 40, 12
 """Characters: the reasoning's last sentence, at most so many of them, and the answer's opening after `</think>`. Where
 many answers open in the same words and the others each in their own, greedy decoding takes the same words for all,
 unless the answer's opening is learned to follow the conclusion, and the conclusion to follow the opening."""
-DECAY = 0.4
-"""Share of the steps at the end over which the learning rate falls."""
 CLAUSE = re.compile(r"\s\S+\s[A-Z]{1,4}\d{1,3}\b")
 """A clause's ID and the word before it."""
+DECAY = 0.4
+"""Share of the steps at the end over which the learning rate falls; a choice, no other value was tried."""
 
 Row = dict[str, list[Any]]
 """One tokenised example: `input_ids`, `labels` and `weights`, lists of one length."""
 
 
-def tokenise(example: Example, tokenizer: Any, max_tokens: int, decision_weight: float = 1.0) -> Row:
-    """Token ids, labels and loss weights of one example, three lists of one length.
+def tokenise(example: Example, tokenizer: Any, decision_weight: float = 1.0) -> Row:
+    """Token ids, labels and loss weights of one example.
 
     Labels are -100 over the prompt, so only what the model writes is learned. Prompt and completion are tokenised
     apart, as at generation time, and the end-of-turn token closes the completion. Tokens of the decision (the
     reasoning's opening, its clause, its conclusion and the answer's opening) weigh `decision_weight`, the reasoning's
-    first word, which decides all the rest, its square, the others 1.
+    first word, on which all the rest hangs, `decision_weight` squared, the others 1.
     """
-    prompt = tokenizer.encode(chat.render(tokenizer, example.messages), add_special_tokens=False)
+    sent = chat.render(tokenizer, example.messages)
+    prompt = tokenizer.encode(sent, add_special_tokens=False)
     text = chat.join(example.reasoning, example.answer)
+    if chat.opened(sent):
+        text = text.removeprefix(chat.OPEN)
     made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     completion = [*made["input_ids"], tokenizer.eos_token_id]
     close = text.index(chat.CLOSE)
-    first = max(text.rfind(". ", 0, close) + 1, close - CONCLUSION)
-    spans = [(first, close + len(chat.CLOSE) + AFTER), *(m.span() for m in CLAUSE.finditer(text, 0, close))]
-    word = re.search(r"\S+", text[len(chat.OPEN) :])
-    opens = range(len(chat.OPEN) + word.start(), len(chat.OPEN) + word.end()) if word else range(0)
+    last = max(text.rfind(". ", 0, close) + 1, close - CONCLUSION)
+    spans = [(last, close + len(chat.CLOSE) + AFTER), *(m.span() for m in CLAUSE.finditer(text, 0, close))]
+    word = re.compile(r"(?:<think>)?\s*(\S+)").match(text, 0, close)
+    first = range(*word.span(1)) if word else range(0)
     weights = [0.0] * len(prompt)
     for n, (start, _) in enumerate(made["offset_mapping"]):
-        decides = n < OPENING or any(first <= start < last for first, last in spans)
-        weights.append(decision_weight**2 if start in opens else decision_weight if decides else 1.0)
+        decides = n < OPENING or any(begin <= start < end for begin, end in spans)
+        weights.append(decision_weight**2 if start in first else decision_weight if decides else 1.0)
     weights.append(1.0)
-    return {
-        "input_ids": (prompt + completion)[:max_tokens],
-        "labels": ([-100] * len(prompt) + completion)[:max_tokens],
-        "weights": weights[:max_tokens],
-    }
+    return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion, "weights": weights}
 
 
 def grouped(rows: list[Row], batch: int, order: random.Random) -> list[list[Row]]:
@@ -76,19 +76,22 @@ def grouped(rows: list[Row], batch: int, order: random.Random) -> list[list[Row]
 
 
 def course_of(rows: list[Row], section: SftSection, order: random.Random) -> list[Row]:
-    """Everything that training shows, in order: whole examples and decisions in batches of their own, in a seeded mix,
-    so that neither is forgotten over the other. Batches that are not full come last."""
+    """All that training shows, in order: whole examples and openings in batches of their own, in a seeded mix, so that
+    neither is forgotten over the other. Batches that are not full come last and may share one.
+
+    `rows` stand in turn from each behaviour, so that the first `whole_examples` are as mixed as they can be.
+    """
     whole = rows[: section.whole_examples]
-    decisions = [decision_of(row) for row in rows]
-    batches = [b for _ in range(section.decision_epochs) for b in grouped(decisions, section.batch_size, order)]
+    openings = [opening_of(row) for row in rows]
+    batches = [b for _ in range(section.opening_epochs) for b in grouped(openings, section.batch_size, order)]
     batches += [b for _ in range(section.epochs) for b in grouped(whole, section.batch_size, order)]
     mixed = sorted(order.sample(batches, len(batches)), key=len, reverse=True)
     return [row for batch in mixed for row in batch]
 
 
-def decision_of(row: Row) -> Row:
+def opening_of(row: Row) -> Row:
     """An example cut off after its reasoning's opening: the prompt, how it stands and under which category."""
-    end = sum(weight == 0 for weight in row["weights"]) + OPENING
+    end = row["labels"].count(-100) + OPENING
     return {name: values[:end] for name, values in row.items()}
 
 
@@ -153,14 +156,17 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
 
     section = recipe.sft
     tokenizer = AutoTokenizer.from_pretrained(base)
-    rows = [tokenise(e, tokenizer, section.max_tokens, section.decision_weight) for e in examples]
+    made = [tokenise(e, tokenizer, section.decision_weight) for e in examples]
+    rows = [row for row in made if len(row["input_ids"]) <= section.max_tokens]
+    if not rows:
+        raise UserError(f"sft.max_tokens {section.max_tokens}: every example is longer than that; raise it")
     course = course_of(rows, section, random.Random(recipe.seed))
     tokens = sum(len(r["input_ids"]) for r in course)
     # The last trainable layers start from the same weights after a kill: the trainer's checkpoint holds them all.
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, recipe.dtype))
     weights.freeze(model, section.frozen_layers)
     steps = -(-len(course) // section.batch_size)
-    scratch = folder.path / "trainer"
+    scratch = folder.path / weights.TRAINER
     arguments = SFTConfig(
         output_dir=str(scratch),
         num_train_epochs=1,
@@ -198,8 +204,13 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     weights.save(model, tokenizer, base, folder.path / "checkpoint")
     curve = [h for h in trainer.state.log_history if "loss" in h]
-    shutil.rmtree(scratch, ignore_errors=True)
-    counts = {"in": len(examples), "out": len(rows), "steps": trainer.state.global_step}
+    counts = {
+        "in": len(examples),
+        "whole": len(rows[: section.whole_examples]),
+        "openings": len(rows) if section.opening_epochs else 0,
+        "dropped": len(made) - len(rows),
+        "steps": trainer.state.global_step,
+    }
     detail = {
         "curve": [{"step": h["step"], "loss": h["loss"], "accuracy": h.get("mean_token_accuracy")} for h in curve],
         "resumed_from": last.name if last else None,
