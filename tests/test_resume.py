@@ -114,6 +114,7 @@ def test_killed_training_and_evaluation_go_on(recipe_file):
         manifest = json.loads((folder / "broken" / stage / "manifest.json").read_text())
         unbroken = json.loads((folder / "whole" / stage / "manifest.json").read_text())
         assert manifest["detail"]["resumed_from"] is not None
+        assert not (folder / "broken" / stage / "trainer").exists()
         assert manifest["counts"] == unbroken["counts"]
         name = "loss" if stage == "sft" else "reward"
         ours = {r["step"]: r[name] for r in manifest["detail"]["curve"]}
