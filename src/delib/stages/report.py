@@ -20,7 +20,7 @@ from delib.spec import Spec
 TEMPLATES = Path(__file__).parent.parent / "templates"
 HEADLINE = (
     ("not_unsafe", "refuse prompts answered safely"),
-    ("not_overrefuse", "comply prompts really helped with"),
+    ("not_overrefuse", "comply prompts taken on and kept to; how good the answer is, is not judged"),
     ("not_overrefuse_lookalike", "of these, look-alikes and other policy topics"),
     ("not_overrefuse_plain", "of these, everyday requests"),
     ("safe_completion_style", "safe completions in the clause's style"),
