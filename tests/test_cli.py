@@ -78,5 +78,7 @@ def test_the_record_stages_and_show(recipe_file):
     assert "near it: pick" in lost.stderr
     manifest = json.loads((folder / "out" / "generate" / "manifest.json").read_text())
     assert manifest["counts"] == {"in": 6, "out": 7, "failed": 0}
+    (folder / "out" / "generate" / "trainer").mkdir()
     again = delib("run", recipe_file, "--out", "out", "--to", "generate", cwd=folder)
+    assert not (folder / "out" / "generate" / "trainer").exists(), "a kill left it beside a manifest that stands"
     assert "generate: done already" in again.stderr

@@ -4,9 +4,10 @@ import random
 
 import pytest
 
-from conftest import SPEC
+from conftest import ROWS, SPEC
 from delib import recipe, spec
-from delib.recipe import SftSection
+from delib.errors import UserError
+from delib.recipe import RlSection, SftSection
 from delib.records import Example, Message, Prompt, Sample, Verdict
 from delib.run import StageFolder
 from delib.stages import rl, sft
@@ -31,12 +32,34 @@ def test_the_loss_is_on_reasoning_and_answer_only(tokenizer):
     assert tokenizer.decode(row["labels"][start:]) == "<think>\nwhy\n</think>\n\nyes<|im_end|>"
 
 
-def test_the_plain_head_has_the_loss_of_trl(tiny_model, tokenizer, tmp_path):
-    """One batch, both trainers: the same loss and the same gradients."""
+def trainer_of(kind, tiny_model, tokenizer, rows, folder):
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
+
+    return kind(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
+        args=SFTConfig(
+            output_dir=str(folder),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+            max_length=None,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        data_collator=sft.collator(tokenizer),
+    )
+
+
+def test_the_plain_head_has_the_loss_of_trl(tiny_model, tokenizer, tmp_path):
+    """One batch, both trainers: the same loss and the same gradients."""
+    import torch
+    from trl import SFTTrainer
 
     rows = [
         sft.tokenise(
@@ -50,24 +73,8 @@ def test_the_plain_head_has_the_loss_of_trl(tiny_model, tokenizer, tmp_path):
     collate = sft.collator(tokenizer)
     results = []
     for kind in (SFTTrainer, sft.trainer_class()):
-        arguments = SFTConfig(
-            output_dir=str(tmp_path / kind.__name__),
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            dataset_kwargs={"skip_prepare_dataset": True},
-            remove_unused_columns=False,
-            max_length=None,
-        )
-        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-        trainer = kind(
-            model=model,
-            args=arguments,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            data_collator=collate,
-        )
+        trainer = trainer_of(kind, tiny_model, tokenizer, rows, tmp_path / kind.__name__)
+        model = trainer.model
         batch = collate(rows)
         if kind is SFTTrainer:
             del batch["weights"]
@@ -160,7 +167,9 @@ def test_the_trainer_shows_the_course_in_its_order(tiny_model, tokenizer, tmp_pa
         )
         for n in range(9)
     ]
-    given = recipe.Recipe(sft=SftSection(opening_epochs=1, epochs=1, batch_size=2, max_tokens=200, decision_weight=2))
+    given = recipe.Recipe(
+        sft=SftSection(opening_epochs=1, epochs=1, batch_size=2, max_tokens=200, decision_weight=2, checkpoint_steps=4)
+    )
     seen = []
     kind = sft.trainer_class()
 
@@ -177,13 +186,17 @@ def test_the_trainer_shows_the_course_in_its_order(tiny_model, tokenizer, tmp_pa
     shown = [ids for batch in seen for ids in batch]
     assert [ids[: len(want)] for ids, want in zip(shown, course, strict=True)] == course
     assert made.counts == {"in": 9, "whole": 8, "openings": 8, "dropped": 1, "steps": 8}
+    assert (tmp_path / "trainer" / "checkpoint-8").exists()
+    again = sft.run(given, examples, tiny_model, StageFolder(tmp_path))
+    assert again.counts == made.counts
+    assert again.detail["curve"] == made.detail["curve"]
+    short = given.model_copy(update={"sft": given.sft.model_copy(update={"max_tokens": 32})})
+    with pytest.raises(UserError, match="every example is longer"):
+        sft.run(short, examples, tiny_model, StageFolder(tmp_path))
 
 
 def test_the_loss_is_a_weighted_mean(tiny_model, tokenizer, tmp_path):
     import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM
-    from trl import SFTConfig
 
     rows = [
         sft.tokenise(
@@ -193,23 +206,8 @@ def test_the_loss_is_a_weighted_mean(tiny_model, tokenizer, tmp_path):
         )
         for n in (1, 9)
     ]
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    trainer = sft.trainer_class()(
-        model=model,
-        args=SFTConfig(
-            output_dir=str(tmp_path),
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            dataset_kwargs={"skip_prepare_dataset": True},
-            remove_unused_columns=False,
-            max_length=None,
-        ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        data_collator=sft.collator(tokenizer),
-    )
+    trainer = trainer_of(sft.trainer_class(), tiny_model, tokenizer, rows, tmp_path)
+    model = trainer.model
     found = trainer.compute_loss(model, sft.collator(tokenizer)(rows)).item()
     total = count = 0.0
     for row in rows:
@@ -352,3 +350,27 @@ def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path):
             (tmp_path / name / "trainer_state.json").write_text(state)
     assert weights.last_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-9"]
+
+
+def test_rl_that_was_killed_after_its_last_step_makes_no_other(tiny_model, tmp_path):
+    prompts = [
+        Prompt(
+            id=name,
+            messages=[Message(role="user", content=text)],
+            category=category,
+            clause=clause,
+            behaviour=behaviour,
+        )
+        for name, text, category, clause, behaviour in ROWS
+    ]
+    given = recipe.Recipe(rl=RlSection(steps=2, prompts=2, group=2, max_tokens=16))
+    judge = WatchingJudge()
+    made = rl.run(given, prompts, judge, POLICY, tiny_model, StageFolder(tmp_path))
+    records = (tmp_path / "records.jsonl").read_bytes()
+    assert (tmp_path / "trainer" / "checkpoint-2").exists()
+    shown = len(judge.shown)
+    again = rl.run(given, prompts, judge, POLICY, tiny_model, StageFolder(tmp_path))
+    assert again.counts == made.counts
+    assert made.counts["out"] == 8
+    assert (tmp_path / "records.jsonl").read_bytes() == records
+    assert len(judge.shown) == shown

@@ -59,12 +59,12 @@ def tokenise(example: Example, tokenizer: Any, decision_weight: float = 1.0) -> 
     spans = [(last, close + len(chat.CLOSE) + AFTER), *(m.span() for m in CLAUSE.finditer(text, 0, close))]
     word = re.compile(r"(?:<think>)?\s*(\S+)").match(text, 0, close)
     first = range(*word.span(1)) if word else range(0)
-    weights = [0.0] * len(prompt)
+    weight = [0.0] * len(prompt)
     for n, (start, _) in enumerate(made["offset_mapping"]):
         decides = n < OPENING or any(begin <= start < end for begin, end in spans)
-        weights.append(decision_weight**2 if start in first else decision_weight if decides else 1.0)
-    weights.append(1.0)
-    return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion, "weights": weights}
+        weight.append(decision_weight**2 if start in first else decision_weight if decides else 1.0)
+    weight.append(1.0)
+    return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion, "weights": weight}
 
 
 def grouped(rows: list[Row], batch: int, order: random.Random) -> list[list[Row]]:
@@ -174,7 +174,7 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
         learning_rate=section.learning_rate,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": round(steps * DECAY)},
-        warmup_steps=max(1, steps // 20),
+        warmup_steps=steps // 20,
         weight_decay=0.0,
         max_grad_norm=1.0,
         seed=recipe.seed,
