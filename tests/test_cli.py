@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from conftest import ROWS, prompt_row, write_rows
+
 
 def delib(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from delib.cli import main; main()", *map(str, words)]
@@ -82,3 +84,25 @@ def test_the_record_stages_and_show(recipe_file):
     again = delib("run", recipe_file, "--out", "out", "--to", "generate", cwd=folder)
     assert not (folder / "out" / "generate" / "trainer").exists(), "a kill left it beside a manifest that stands"
     assert "generate: done already" in again.stderr
+
+
+def test_prompts_check(pack):
+    held = [prompt_row(*row) for row in ROWS]
+    held[0]["messages"][0]["content"] = "I wonder: which share will double by May?"
+    train = write_rows(
+        pack / "train.jsonl", [prompt_row(*ROWS[0]), prompt_row("again", *ROWS[0][1:]), prompt_row(*ROWS[3])]
+    )
+    spec, apart = pack / "spec.md", write_rows(pack / "apart.jsonl", held[:1])
+    bad = delib("prompts", "check", train, "--spec", spec, "--against", apart)
+    assert bad.returncode == 2
+    assert "again is the same conversation as pick" in bad.stderr
+    assert "pick is too near to pick of" in bad.stderr and "TF-IDF cosine" in bad.stderr
+    write_rows(pack / "train.jsonl", [prompt_row(*ROWS[3]) | {"clause": None, "behaviour": None}])
+    assert "1 prompts name neither" in delib("prompts", "check", train, "--spec", spec).stdout
+    write_rows(pack / "train.jsonl", [prompt_row(*ROWS[3])])
+    good = delib("prompts", "check", train, "--spec", spec)
+    assert good.returncode == 0, good.stderr
+    assert "fraud: nothing to comply with" in good.stdout
+    assert "no prompt is decided by K1, K2, K3, F2" in good.stdout
+    nothing = delib("prompts")
+    assert nothing.returncode == 2 and "--run" in nothing.stderr

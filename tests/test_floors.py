@@ -9,7 +9,7 @@ FLOORS = [
     {"spec", "run", "recipe", "chat", "progress"},
     {"models", "judges", "evals"},
     {"stages"},
-    {"pipeline", "life"},
+    {"pipeline", "life", "pack"},
     {"talk"},
     {"cli"},
 ]

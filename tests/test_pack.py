@@ -6,11 +6,11 @@ from collections import Counter
 
 import pytest
 
-from delib import chat, spec
+from delib import chat, pack, spec
 from delib.judges import reading
 from delib.models import recorded
 from delib.recipe import STARTER
-from delib.stages import distill, prompts
+from delib.stages import prompts
 
 POLICY = spec.load(STARTER / "spec.md")
 TRAIN = prompts.load(STARTER / "prompts.jsonl", POLICY, "train")
@@ -20,10 +20,6 @@ GOOD = [(p, chat.split(r.text)) for p in TRAIN for r in RECORDINGS.get(p.id, [])
 FLAWED = [r for many in RECORDINGS.values() for r in many if r.fault is not None]
 
 
-def text_of(prompt) -> str:
-    return "\n".join(m.content for m in prompt.messages)
-
-
 def masked(reasoning: str) -> list[str]:
     for category in POLICY.categories:
         reasoning = re.sub(re.escape(category.name), "#category", reasoning, flags=re.I)
@@ -31,11 +27,11 @@ def masked(reasoning: str) -> list[str]:
 
 
 def test_size_and_labels():
-    assert len(TRAIN) >= 300
-    assert len(HELDOUT) >= 120
-    assert len(FLAWED) >= 60
+    assert len(TRAIN) >= 480
+    assert len(HELDOUT) >= 240
+    assert len(FLAWED) >= 120
     plain = [p for p in TRAIN if p.source == "plain"]
-    assert len(plain) >= 80
+    assert len(plain) >= 120
     assert sum(bool(p.expected) for p in plain) * 2 >= len(plain) - 1
     for prompt in TRAIN + HELDOUT:
         assert prompt.clause and prompt.behaviour == POLICY.clauses[prompt.clause].behaviour, prompt.id
@@ -81,35 +77,12 @@ def test_no_templating():
 
 
 def test_training_and_heldout_prompts_do_not_overlap():
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    eights = {}
-    for prompt in TRAIN:
-        for run in distill.shingles(text_of(prompt), 8):
-            eights.setdefault(run, prompt.id)
-    shared = [(p.id, eights[r]) for p in HELDOUT for r in distill.shingles(text_of(p), 8) if r in eights]
-    assert shared == []
-    words = TfidfVectorizer().fit([text_of(p) for p in TRAIN + HELDOUT])
-    near = (words.transform(map(text_of, HELDOUT)) @ words.transform(map(text_of, TRAIN)).T).toarray()
-    close = [(HELDOUT[i].id, TRAIN[int(near[i].argmax())].id) for i in range(len(HELDOUT)) if near[i].max() >= 0.6]
-    assert close == []
+    assert pack.overlaps(HELDOUT, TRAIN) == []
 
 
 def test_form_does_not_give_the_behaviour_away():
     """The bag-of-words baseline of docs/results.md: refuse against look-alike comply."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    from delib.stats import balanced_accuracy
-
-    def chosen(rows):
-        return [p for p in rows if p.behaviour == "refuse" or (p.behaviour == "comply" and p.source != "plain")]
-
-    model = make_pipeline(TfidfVectorizer(), LogisticRegression(class_weight="balanced", max_iter=1000))
-    model.fit([text_of(p) for p in chosen(TRAIN)], [p.behaviour for p in chosen(TRAIN)])
-    found = model.predict([text_of(p) for p in chosen(HELDOUT)])
-    score = balanced_accuracy([p.behaviour == "refuse" for p in chosen(HELDOUT)], [f == "refuse" for f in found])
+    score = pack.form_baseline(TRAIN, HELDOUT)
     print(f"TF-IDF baseline, balanced accuracy {score:.3f}")
     assert score <= 0.85
 

@@ -18,13 +18,14 @@ app = typer.Typer(
 )
 spec_app = typer.Typer(no_args_is_help=True, help="Work on a written policy.")
 models_app = typer.Typer(no_args_is_help=True, help="Fetch models.")
+prompts_app = typer.Typer(help="Load, check and split the prompts of a run, or check a file of them.")
 app.add_typer(spec_app, name="spec")
 app.add_typer(models_app, name="models")
+app.add_typer(prompts_app, name="prompts")
 
 RunOption = Annotated[Path, typer.Option("--run", help="The run folder.", show_default=False)]
 SetOption = Annotated[list[str], typer.Option("--set", help="Change a recipe key, such as sft.epochs=1.")]
 STAGE_HELP = {
-    "prompts": "Load, check and split the prompts.",
     "generate": "Let the teacher write reasoning and answers, with the spec in its context.",
     "filter": "Judge the completions and keep the best.",
     "distill": "Take the spec out and write the training examples.",
@@ -137,6 +138,36 @@ def judge_check(
     from delib import talk
 
     typer.echo(talk.judge_check(judge, data, as_json), nl=False)
+
+
+@prompts_app.callback(invoke_without_command=True)
+def prompts_(
+    context: typer.Context,
+    run: Annotated[Path | None, typer.Option("--run", help="The run folder.", show_default=False)] = None,
+) -> None:
+    if context.invoked_subcommand is None:
+        from delib import pipeline
+
+        if run is None:
+            raise UserError("prompts: name a run folder with --run, or a file with 'delib prompts check FILE'")
+        pipeline.open_run(run).execute("prompts")
+
+
+@prompts_app.command("check")
+def prompts_check(
+    file: Annotated[Path, typer.Argument(help="JSON lines of prompts.")],
+    spec: Annotated[Path | None, typer.Option("--spec", help="Their spec; the starter's when left out.")] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="Prompts that must stay apart, such as those held out.")
+    ] = None,
+) -> None:
+    """List every problem of a file of prompts with its line; print what it holds, and what to weigh."""
+    from delib import pack
+    from delib import recipe as recipes
+    from delib import spec as specs
+
+    loaded = specs.load(spec or recipes.path_of("starter:spec.md"))
+    typer.echo(pack.check(file, loaded, against), nl=False)
 
 
 @spec_app.command("check")

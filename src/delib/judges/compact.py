@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from delib.judges.data import DATA, FOLDS, LabelledAnswer, demonstrations, fold_of, label_of, load_answers
-from delib.judges.elements import elements
+from delib.judges.elements import elements, parts
 from delib.judges.encoder import encode, remember
 from delib.judges.reading import broken, conclude, echo, is_right, looping, points_at_gone_text, repetition, sentences
 from delib.records import Behaviour, Completion, Message, Observed, Prompt, Verdict
@@ -68,50 +68,61 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[\w']+", text.lower())
 
 
-class Behaviours:
-    """What an answer does. Fitted on labelled answers; `predict` gives probabilities, shape (n, 4), in LABELS order."""
+class Words:
+    """The words of an answer's opening, whole and end, counted as TF-IDF. It sees texts and no labels."""
 
-    def __init__(self, rows: list[LabelledAnswer]) -> None:
+    def __init__(self, answers: list[str]) -> None:
         from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
 
-        self._words = [
-            TfidfVectorizer(ngram_range=(1, 3), sublinear_tf=True, min_df=2, max_features=12000),
-            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, max_features=12000),
-            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, max_features=6000),
+        self._counts = [
+            TfidfVectorizer(ngram_range=(1, 3), sublinear_tf=True, min_df=2, max_features=12000, dtype=np.float32),
+            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, max_features=12000, dtype=np.float32),
+            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, max_features=6000, dtype=np.float32),
         ]
-        for words, texts in zip(self._words, self._texts([r.answer for r in rows]), strict=True):
-            words.fit(texts)
-        self._model = LogisticRegression(C=10.0, max_iter=500)
-        features = self._features([r.messages for r in rows], [r.answer for r in rows])
-        self._model.fit(features, [LABELS.index(r.label) for r in rows])
+        for counts, texts in zip(self._counts, self._texts(answers), strict=True):
+            counts.fit(texts)
 
     @staticmethod
     def _texts(answers: list[str]) -> list[list[str]]:
         return [[_opening(a) for a in answers], answers, [_closing(a) for a in answers]]
 
-    def _features(self, messages: list[list[Message]], answers: list[str]) -> Any:
+    def features(self, questions: list[str], answers: list[str]) -> Any:
+        """Sparse float32, shape (n, words + 1550): TF-IDF; the vectors of opening, whole and end (means over their
+        sentences, by length), the products of whole and question, two similarities, and what can be counted."""
         from scipy.sparse import csr_matrix, hstack
 
-        texts = self._texts(answers)
-        questions = [_question(m) for m in messages]
-        sparse = [words.transform(t) for words, t in zip(self._words, texts, strict=True)]
-        opening, whole, closing = (encode(t) for t in texts)
+        sparse = [counts.transform(texts) for counts, texts in zip(self._counts, self._texts(answers), strict=True)]
+        opening, whole, closing = (np.stack(part) for part in zip(*map(_vectors, answers), strict=True))
         asked = encode(questions)
         near = np.stack([np.sum(asked * whole, axis=1), np.sum(asked * opening, axis=1)], axis=1)
         shape = np.array([_shape(q, a) for q, a in zip(questions, answers, strict=True)])
-        dense = np.hstack([opening, whole, closing, asked * whole * 10, near, shape])
+        dense = np.hstack([opening, whole, closing, asked * whole * 10, near, shape]).astype(np.float32)
         return hstack([*sparse, csr_matrix(dense)]).tocsr()
 
-    def predict(self, messages: list[list[Message]], answers: list[str]) -> np.ndarray:
-        found = self._model.predict_proba(self._features(messages, answers))
-        full = np.zeros((len(answers), len(LABELS)))
-        full[:, self._model.classes_] = found
-        for row, answer in enumerate(answers):
-            if looping(answer) or echo(messages[row][-1].content, answer):
-                # docs/labelling.md: the same words over and over, or a bare echo, is no answer.
-                full[row] = [float(label == "partial") for label in LABELS]
-        return full
+
+def _vectors(answer: str) -> list[np.ndarray]:
+    """Unit vectors of an answer's first two sentences, of all, and of its last two, from its sentences' vectors."""
+    said = parts(answer)
+    weighed = encode(said) * np.array([[len(s.split()) + 1] for s in said])
+    sums = [weighed[:2].sum(axis=0), weighed.sum(axis=0), weighed[-2:].sum(axis=0)]
+    return [total / max(float(np.linalg.norm(total)), 1e-9) for total in sums]
+
+
+class Behaviours:
+    """What an answer does, by logistic regression. `predict` gives probabilities, shape (4,), in LABELS order."""
+
+    def __init__(self, features: Any, labels: np.ndarray) -> None:
+        from sklearn.linear_model import LogisticRegression
+
+        self._model = LogisticRegression(C=10.0, max_iter=500).fit(features, labels)
+
+    def predict(self, messages: list[Message], answer: str) -> np.ndarray:
+        if looping(answer) or echo(messages[-1].content, answer):
+            # docs/labelling.md: the same words over and over, or a bare echo, is no answer.
+            return np.array([float(label == "partial") for label in LABELS])
+        found = np.zeros(len(LABELS))
+        found[self._model.classes_] = self._model.predict_proba(_features(_question(messages), answer))[0]
+        return found
 
 
 @lru_cache(maxsize=1)
@@ -122,15 +133,35 @@ def _fit_rows() -> tuple[LabelledAnswer, ...]:
         label, answer = label_of(prompt, recording), recording.completion().answer
         if label is not None:
             rows.append(LabelledAnswer(id=prompt.id, messages=prompt.messages, answer=answer, label=label))
-    answers = [r.answer for r in rows]
-    remember([*(_question(r.messages) for r in rows), *itertools.chain(*Behaviours._texts(answers))])
     return tuple(rows)
+
+
+@lru_cache(maxsize=1)
+def _vocabulary() -> Words:
+    return Words([r.answer for r in _fit_rows()])
+
+
+@lru_cache(maxsize=16)
+def _features(question: str, answer: str) -> Any:
+    """One answer's features, computed once for all members."""
+    return _vocabulary().features([question], [answer])
+
+
+@lru_cache(maxsize=1)
+def _table() -> tuple[Any, np.ndarray, np.ndarray]:
+    """Features, labels (n,) and folds (n,) of all that is fitted."""
+    rows = _fit_rows()
+    remember([*(_question(r.messages) for r in rows), *(s for r in rows for s in parts(r.answer))])
+    features = _vocabulary().features([_question(r.messages) for r in rows], [r.answer for r in rows])
+    return features, np.array([LABELS.index(r.label) for r in rows]), np.array([fold_of(r.id) for r in rows])
 
 
 @lru_cache(maxsize=16)
 def _behaviours(left_out: frozenset[int]) -> Behaviours:
     """The part fitted on all folds but these; the empty set is the judge for prompts that it never saw."""
-    return Behaviours([r for r in _fit_rows() if fold_of(r.id) not in left_out])
+    features, labels, folds = _table()
+    used = ~np.isin(folds, list(left_out))
+    return Behaviours(features[used], labels[used])
 
 
 class CompactJudge:
@@ -154,7 +185,7 @@ class CompactJudge:
 
     def observe(self, messages: list[Message], answer: str) -> tuple[Observed, dict[str, float]]:
         """What an answer does, by the part that was fitted on everything shipped."""
-        found = _behaviours(frozenset()).predict([messages], [answer])[0]
+        found = _behaviours(frozenset()).predict(messages, answer)
         return LABELS[int(found.argmax())], dict(zip(LABELS, found.tolist(), strict=True))  # type: ignore[return-value]
 
     def grade(
@@ -179,7 +210,7 @@ class CompactJudge:
         style = self.spec.style_for(prompt.clause, required)
         verdicts = []
         for number, left_out in enumerate(self._members(prompt.id, runs)):
-            found = _behaviours(left_out).predict([prompt.messages], [completion.answer])[0]
+            found = _behaviours(left_out).predict(prompt.messages, completion.answer)
             styled = self._style(style, completion.answer, left_out) if style else {}
             verdicts.append(self._verdict(prompt, completion, view, required, found, style, styled, number, sent))
         return verdicts
@@ -258,12 +289,11 @@ def on_topic(messages: list[Message], answer: str) -> float:
     """How surely an answer speaks to the conversation: 1 when it is short or shares a word of four letters or more with
     the question, else by the similarity of their vectors, with 0.5 at 0.12. It finds gross misses only: none of 27
     answers of small models that readers called beside the subject (docs/results.md)."""
-    asked, said = encode([_question(messages)]), encode([answer])
-    near = float((asked @ said.T)[0, 0])
-    words = set(re.findall(r"\w{4,}", _question(messages).lower())) & set(re.findall(r"\w{4,}", answer.lower()))
-    if len(answer.split()) <= 6:
+    asked = set(re.findall(r"\w{4,}", _question(messages).lower()))
+    if len(answer.split()) <= 6 or asked & set(re.findall(r"\w{4,}", answer.lower())):
         return 1.0
-    return float(1 / (1 + np.exp(-25 * (near - 0.12)))) if not words else 1.0
+    near = float(encode([_question(messages)])[0] @ _vectors(answer)[1])
+    return float(1 / (1 + np.exp(-25 * (near - 0.12))))
 
 
 def _sent(prompt: Prompt, completion: Completion, view: Literal["full", "answer"]) -> str:

@@ -41,7 +41,8 @@ class Elements:
         return float(near + self._whole.predict_proba(features)[0, 1]) / 2
 
 
-def _parts(answer: str) -> list[str]:
+def parts(answer: str) -> list[str]:
+    """The sentences of an answer whose vectors are used, at most MAX_SENTENCES and at least one."""
     return (sentences(answer) or [""])[:MAX_SENTENCES]
 
 
@@ -49,12 +50,12 @@ def _parts(answer: str) -> list[str]:
 def element_features(text: str, examples: tuple[str, ...], answer: str) -> np.ndarray:
     """Between an element and an answer's sentences: SIMILARITIES by sentence vector and by shared words, then the
     products of the vectors of the nearest sentence with the element's text and with its examples."""
-    parts = _parts(answer)
-    said, shown, told = encode(parts), encode(list(examples)), encode([text])
+    said_parts = parts(answer)
+    said, shown, told = encode(said_parts), encode(list(examples)), encode([text])
     to_examples = said @ shown.T
     nearest = said[to_examples.max(axis=1).argmax()]
     best = np.sort(to_examples.max(axis=1))[::-1]
-    words = [_stems(p) for p in parts]
+    words = [_stems(p) for p in said_parts]
     overlap = max(len(w & _stems(e)) / max(1, len(_stems(e))) for w in words for e in examples)
     phrase = max(_longest_run(e, answer) for e in examples)
     similarities = [
@@ -65,7 +66,7 @@ def element_features(text: str, examples: tuple[str, ...], answer: str) -> np.nd
         overlap,
         phrase,
     ]
-    return np.concatenate([similarities, nearest * told[0], nearest * shown.mean(axis=0)])
+    return np.concatenate([similarities, nearest * told[0], nearest * shown.mean(axis=0)], dtype=np.float32)
 
 
 def _stems(text: str) -> set[str]:
@@ -99,12 +100,12 @@ def _shown_elements(policy: Spec, prompt: Prompt, recording: Recording) -> list[
 
 @lru_cache(maxsize=1)
 def _element_table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features (n, 774), presence (n,) and the prompt's fold (n,; -1 for written rows) of all labelled elements."""
+    """Features (n, 774) of float32, presence (n,) and the prompt's fold (n,; -1 for written rows)."""
     rows = [(-1, row) for file in sorted(DATA.glob("elements*.jsonl")) for row in load_elements(file)]
     policy = load_spec(STARTER / "spec.md")
     for prompt, recording in demonstrations():
         rows += [(fold_of(prompt.id), row) for row in _shown_elements(policy, prompt, recording)]
-    remember([t for _, r in rows for t in (r.text, *r.examples, *_parts(r.answer))])
+    remember([t for _, r in rows for t in (r.text, *r.examples, *parts(r.answer))])
     features = np.stack([element_features(r.text, tuple(r.examples), r.answer) for _, r in rows])
     return features, np.array([r.present for _, r in rows]), np.array([fold for fold, _ in rows])
 
