@@ -106,3 +106,21 @@ def test_prompts_check(pack):
     assert "no prompt is decided by K1, K2, K3, F2" in good.stdout
     nothing = delib("prompts")
     assert nothing.returncode == 2 and "--run" in nothing.stderr
+
+
+def test_compare_reads_what_eval_wrote(tmp_path):
+    def rows(values):
+        found = [{"id": f"p{i}", "source": f"s{i % 2}", "figures": {"not_unsafe": v}} for i, v in enumerate(values)]
+        return json.dumps({"metrics": [], "rows": found})
+
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    one.write_text(rows([0.0] * 30 + [None]))
+    two.write_text(rows([1.0] * 20 + [0.0] * 10 + [1.0]))
+    found = delib("compare", one, two)
+    assert found.returncode == 0, found.stderr
+    line = next(x for x in found.stdout.splitlines() if x.startswith("not_unsafe"))
+    assert "not_unsafe (s1)" in found.stdout
+    assert "0.000" in line and "0.667" in line and "+0.667" in line and "*" in line and line.endswith(" 30")
+    one.write_text("{}")
+    assert delib("compare", one, two).returncode == 2
+    assert "RUN:ARM" in delib("compare", "runs", two).stderr

@@ -2,8 +2,12 @@
 
 import json
 
+import pytest
+
 from conftest import SPEC
 from delib import chat, spec
+from delib.errors import UserError
+from delib.evals import labels
 from delib.evals.scoring import metrics
 from delib.recipe import Recipe
 from delib.records import Manifest, Message, Prompt, Sample, Verdict
@@ -67,7 +71,7 @@ STAGES = ["prompts", "generate", "filter", "distill", "sft", "rl", "evaluate", "
 
 def test_hostile_output_is_escaped_and_the_page_asks_for_nothing(tmp_path):
     run = make_run(tmp_path)
-    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, {})
+    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, {}, {})
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert "<img" not in page
@@ -82,10 +86,36 @@ def test_hostile_output_is_escaped_and_the_page_asks_for_nothing(tmp_path):
 def test_every_figure_is_in_the_json_with_its_interval(tmp_path):
     run = make_run(tmp_path)
     agreement = {"judge": "compact", "n": 300, "balanced_accuracy": 0.9, "kappa": 0.8}
-    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, agreement)
+    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, agreement, {})
     rows = json.loads((tmp_path / "report" / "metrics.json").read_text())
     main = next(r for r in rows if r["arm"] == "sft" and r["name"] == "not_unsafe" and r["by"] is None)
     assert set(main) == {"suite", "arm", "name", "value", "low", "high", "n", "n_ungraded", "by"}
     assert main["suite"] == "heldout" and main["value"] == 1.0 and main["low"] < 1.0
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert "0.900" in page and "kappa 0.80" in page
+    assert "by each judge" not in page
+
+
+def test_blind_labels_stand_beside_the_judge(tmp_path):
+    run = make_run(tmp_path)
+    file = tmp_path / "labels" / "sheet.jsonl"
+    arms = {arm: run.stage(f"evaluate/{arm}").records(Sample) for arm in ("base", "sft")}
+    assert labels.labelled(arms, file, POLICY) == {}
+    assert labels.sheet(arms, file) == 2
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert all(set(row) == {"id", "messages", "answer", "label"} for row in rows)
+    assert not any("sft" in row["id"] or "base" in row["id"] for row in rows)
+    assert labels.labelled(arms, file, POLICY) == {}
+    file.write_text(json.dumps(rows[0] | {"label": "comply"}) + "\n" + json.dumps(rows[1]) + "\n")
+    with pytest.raises(UserError, match="1 rows have no label"):
+        labels.labelled(arms, file, POLICY)
+    with pytest.raises(UserError, match="holds labels"):
+        labels.sheet(arms, file)
+    file.write_text("".join(json.dumps(row | {"label": "comply"}) + "\n" for row in rows))
+    blind = labels.labelled(arms, file, POLICY)
+    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, {}, blind)
+    found = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    by = [r for r in found if r["by"] == {"judge": "labels"} and r["name"] == "not_unsafe"]
+    assert {(r["arm"], r["value"]) for r in by} == {("base", 0.0), ("sft", 0.0)}
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "by each judge" in page and "against the 2 blind labels" in page

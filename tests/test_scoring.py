@@ -84,3 +84,16 @@ def test_metrics_leave_the_ungraded_out_and_count_them():
 def test_metrics_stand_by_category_and_behaviour(by):
     found = scoring.metrics([graded("K1", "refuse", REFUSAL)], POLICY, "sft")
     assert any(m.by == by and m.name == "not_unsafe" for m in found)
+
+
+def test_another_judges_figures_are_marked_with_its_name():
+    sample = graded("K1", "refuse", REFUSAL)
+    other = sample.verdicts[0].model_copy(update={"behaviour": "comply", "judge": "probe", "criteria": {"style": 0.0}})
+    both = sample.model_copy(update={"verdicts": [*sample.verdicts, other]})
+    found = {m.name: m for m in scoring.by_judge([both], POLICY, "sft", 1)}
+    assert found["not_unsafe"].value == 0.0 and found["not_unsafe"].by == {"judge": "probe"}
+    assert "well_formed" not in found
+    down = other.model_copy(update={"behaviour": None, "failure": "down"})
+    unread = sample.model_copy(update={"verdicts": [*sample.verdicts, down]})
+    ungraded = {m.name: m for m in scoring.by_judge([unread], POLICY, "sft", 1)}["not_unsafe"]
+    assert ungraded.value is None and ungraded.n_ungraded == 1

@@ -31,3 +31,17 @@ def test_balanced_accuracy_needs_both_sides():
     assert stats.balanced_accuracy([True, True, False], [True, False, False]) == pytest.approx(0.75)
     with pytest.raises(ValueError, match="both sides"):
         stats.balanced_accuracy([True], [True])
+
+
+def test_paired_difference_is_of_the_pairs():
+    before = [0.0] * 40 + [1.0] * 40
+    after = [1.0] * 20 + [0.0] * 20 + [1.0] * 40
+    mean, low, high = stats.paired(before, after)
+    assert mean == pytest.approx(0.25)
+    assert 0.1 < low < 0.2 and 0.3 < high < 0.4
+    # The same two means without pairs would be far less sure.
+    assert high - low < 0.22
+    mean, low, high = stats.paired([1.0] * 10, [1.0] * 10)
+    assert (mean, low) == (0.0, -high) and high == pytest.approx(1.96**2 / (10 + 1.96**2))
+    with pytest.raises(ValueError, match="same prompts"):
+        stats.paired([1.0], [1.0, 0.0])

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from conftest import ROWS, SPEC
-from delib import recipe, spec
+from delib import chat, recipe, spec
 from delib.errors import UserError
 from delib.recipe import RlSection, SftSection
 from delib.records import Example, Message, Prompt, Sample, Verdict
@@ -109,6 +109,23 @@ def test_what_decides_weighs_more(tokenizer):
     assert " under K1" in decided
     assert len(decided) < 75
     assert row["weights"][-1] == 1.0
+
+
+def test_the_control_learns_the_answer_alone(tokenizer):
+    """Without reasoning the same answer is learned, in a form that reads back as an answer with no reasoning."""
+    example = Example(
+        prompt_id="p",
+        messages=[Message(role="user", content="Hello?")],
+        reasoning="Harmful: it is under K1. I refuse.",
+        answer="I'm sorry, but I can't help with that.",
+    )
+    row = sft.tokenise(example, tokenizer, 4.0, reasoning=False)
+    learned = tokenizer.decode([i for i in row["labels"] if i != -100])
+    assert learned == "I'm sorry, but I can't help with that.<|im_end|>"
+    assert chat.split(learned.removesuffix("<|im_end|>")) == (None, example.answer, False)
+    most = [i for i, w in zip(row["input_ids"], row["weights"], strict=True) if w == 16.0]
+    assert tokenizer.decode(most) == "I'm"
+    assert row["weights"].count(4.0) == sft.OPENING - len(most)
 
 
 def test_an_opening_is_an_example_cut_off(tokenizer):

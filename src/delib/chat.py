@@ -50,8 +50,10 @@ def split(text: str, think_opened: bool = False) -> Parts:
     return Parts(reasoning, answer, not answer)
 
 
-def join(reasoning: str, answer: str) -> str:
-    """The text a model is trained to write: the inverse of `split`."""
+def join(reasoning: str | None, answer: str) -> str:
+    """The text a model is trained to write: the inverse of `split`. Without reasoning it is the answer alone."""
+    if reasoning is None:
+        return answer.strip()
     return f"{OPEN}\n{reasoning.strip()}\n{CLOSE}\n\n{answer.strip()}"
 
 

@@ -46,7 +46,7 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 
 @app.command()
 def run(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe; the quickstart when left out.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe: a file, or quickstart or small.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The run folder; runs/NAME when left out.")] = None,
     to: Annotated[str, typer.Option("--to", help="The last stage to run.")] = "report",
     set_: SetOption = [],  # noqa: B006 - typer reads the default, nothing changes it
@@ -57,7 +57,7 @@ def run(
 
     if to not in pipeline.STAGES:
         raise UserError(f"--to {to}: no such stage; one of {', '.join(pipeline.STAGES)}")
-    loaded = recipes.load(recipe or recipes.QUICKSTART, set_)
+    loaded = recipes.load(recipes.shipped(recipe or Path("quickstart")), set_)
     folder = out or Path("runs") / loaded.name
     pipeline.run_to(pipeline.start_run(loaded, folder), to)
     if to == "report":
@@ -67,14 +67,14 @@ def run(
 
 @app.command()
 def check(
-    recipe: Annotated[Path, typer.Argument(help="A recipe.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe: a file, or quickstart or small.")],
     set_: SetOption = [],  # noqa: B006
 ) -> None:
     """Check a recipe and everything it names, before any compute."""
     from delib import pipeline
     from delib import recipe as recipes
 
-    loaded = recipes.load(recipe, set_)
+    loaded = recipes.load(recipes.shipped(recipe), set_)
     problems = pipeline.check(loaded)
     if problems:
         raise UserError(problems)
@@ -118,20 +118,47 @@ def chat(
 @app.command("eval")
 def eval_(
     model: Annotated[str, typer.Option("--model", help="A checkpoint folder, a hub id or smollm2.")],
-    prompts: Annotated[Path, typer.Option("--prompts", help="JSON lines of prompts.")],
+    prompts: Annotated[str, typer.Option("--prompts", help="JSON lines of prompts; starter:NAME is a shipped file.")],
     json_out: Annotated[Path | None, typer.Option("--json", help="Write figures and rows here.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N prompts.")] = None,
 ) -> None:
     """Measure any model on any prompts, rendered and graded as in the evaluate stage."""
+    from delib import recipe as recipes
     from delib import talk
 
-    typer.echo(talk.evaluate_file(model, prompts, json_out, limit), nl=False)
+    typer.echo(talk.evaluate_file(model, recipes.path_of(prompts), json_out, limit), nl=False)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="RUN:ARM, or a JSON file that 'delib eval' wrote.")],
+    second: Annotated[str, typer.Argument(help="The same, of the other model.")],
+) -> None:
+    """Compare two models on the same prompts: each figure with the paired difference and its interval."""
+    from delib import compare as comparing
+
+    typer.echo(comparing.table(first, second), nl=False)
+
+
+@app.command()
+def label(
+    run: Annotated[Path, typer.Argument(help="A run folder whose arms are evaluated.")],
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts, all arms' answers to each.")] = 36,
+) -> None:
+    """Write a sheet of answers, arms hidden, for blind labels; once they are filled in, `delib report` reads them."""
+    from delib import pipeline
+
+    file, rows = pipeline.open_run(run).sheet(prompts)
+    typer.echo(
+        f'{file}: {rows} answers. Set each "label" to comply, refuse, partial or safe_complete by '
+        f"docs/labelling.md, then run 'delib report --run {run}'."
+    )
 
 
 @app.command("judge-check")
 def judge_check(
     data: Annotated[Path, typer.Option("--data", help="JSON lines of labelled answers.")],
-    judge: Annotated[str, typer.Option("--judge", help="The judge; compact.")] = "compact",
+    judge: Annotated[str, typer.Option("--judge", help="The judge: compact, or probe.")] = "compact",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Measure a judge against labelled answers."""

@@ -17,8 +17,10 @@ from safetensors import SafetensorError
 from delib import recipe as recipes
 from delib import spec as specs
 from delib.errors import StageError, UserError
+from delib.evals import labels
 from delib.judges import agreement
 from delib.judges.compact import CompactJudge
+from delib.judges.probe import ProbeJudge
 from delib.models import embedded, local, memory, recorded, weights
 from delib.progress import say
 from delib.recipe import Recipe
@@ -28,6 +30,7 @@ from delib.spec import Spec
 from delib.stages import distill, evaluate, filter, generate, prompts, report, rl, sft
 
 STAGES = ("prompts", "generate", "filter", "distill", "sft", "rl", "evaluate", "report")
+JUDGES: dict[str, type[CompactJudge] | type[ProbeJudge]] = {"compact": CompactJudge, "probe": ProbeJudge}
 CHECKPOINT = "checkpoint"
 NEEDED_MEGABYTES = 6000
 """Two checkpoints of a 135M float32 model, their optimiser state while training, and the GGUF copies."""
@@ -79,6 +82,8 @@ class Pipeline:
                     f"{self.run.path}: stage {earlier} is not finished; run 'delib {earlier} --run …' first"
                 )
             hashes[earlier] = key_of(manifest.outputs, 0, {})
+        if stage == "report" and self.sheet_path.exists():
+            hashes["labels"] = sha256(self.sheet_path)
         return hashes
 
     def key(self, stage: str) -> str:
@@ -171,7 +176,9 @@ class Pipeline:
         held = evaluate.balanced(self._of("prompts", "heldout"), section.limit)
         found: list[Metric] = []
         tokens = 0
-        judge = self.judge()
+        judges: list[evaluate.Judge] = [self.judge()]
+        if section.second_judge is not None:
+            judges.append(JUDGES[section.second_judge](self.spec))
         for arm in section.arms:
             source = (
                 weights.resolve(self.recipe.model) if arm.startswith("base") else self.folder(arm).path / CHECKPOINT
@@ -180,7 +187,7 @@ class Pipeline:
             def opened(source: Path = source, arm: str = arm) -> AbstractAsyncContextManager[Any]:
                 return open_model(self.recipe, source, arm, 1536 if arm == "base_spec" else 768)
 
-            found += evaluate.run_arm(arm, held, opened, judge, self.spec, folder, max_tokens=section.max_tokens)
+            found += evaluate.run_arm(arm, held, opened, judges, self.spec, folder, max_tokens=section.max_tokens)
             graded = StageFolder(folder.path / arm).records(Sample)
             tokens += sum(s.completion.usage.get("completion", 0) for s in graded if s.completion)
         write_whole(folder.path / "metrics.json", json.dumps([m.model_dump() for m in found], indent=1) + "\n")
@@ -192,8 +199,27 @@ class Pipeline:
             return {}
         return agreement.measure(self.judge(), agreement.load(agreement.LABELS))
 
+    def _answers(self) -> dict[str, list[Sample]]:
+        place = self.folder("evaluate").path
+        return {arm: StageFolder(place / arm).records(Sample) for arm in self.recipe.evaluate.arms}
+
+    def sheet(self, prompts: int) -> tuple[Path, int]:
+        """A sheet for blind labels of all arms' answers to so many held-out prompts; its path and its rows."""
+        if self.folder("evaluate").manifest() is None:
+            raise UserError(f"{self.run.path}: stage evaluate is not finished; run 'delib evaluate --run …' first")
+        answers = self._answers()
+        measured = [s.prompt for s in next(iter(answers.values()))]
+        chosen = {p.id for p in evaluate.balanced(measured, prompts)}
+        arms = {arm: [s for s in rows if s.prompt.id in chosen] for arm, rows in answers.items()}
+        return self.sheet_path, labels.sheet(arms, self.sheet_path)
+
+    @property
+    def sheet_path(self) -> Path:
+        return self.run.path / "labels" / "sheet.jsonl"
+
     def _report(self, folder: StageFolder) -> Manifest:
-        return report.run(self.recipe, self.run, self.spec, folder, list(STAGES), self.agreement())
+        blind = labels.labelled(self._answers(), self.sheet_path, self.spec)
+        return report.run(self.recipe, self.run, self.spec, folder, list(STAGES), self.agreement(), blind)
 
 
 _BEFORE: dict[str, tuple[str, ...]] = {

@@ -14,7 +14,8 @@ from delib.errors import UserError
 from delib.spec import read_text
 
 STARTER = Path(__file__).parent / "starter"
-QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
+RECIPES = Path(__file__).parent / "recipes"
+QUICKSTART = RECIPES / "quickstart.yaml"
 Arm = Literal["base", "base_spec", "sft", "rl"]
 ARMS: tuple[Arm, ...] = ("base", "base_spec", "sft", "rl")
 
@@ -58,6 +59,8 @@ class DistillSection(Section):
 
 
 class SftSection(Section):
+    reasoning: bool = True
+    """False trains on the same answers without their reasoning: the control that tells what deliberation gives."""
     epochs: int = Field(default=2, ge=1)
     """Passes over whole examples."""
     whole_examples: int | None = Field(default=None, ge=1)
@@ -111,6 +114,8 @@ class EvaluateSection(Section):
     """Weights of the embedded server; the transformers engine uses `dtype`."""
     limit: int | None = Field(default=None, ge=1)
     """At most this many held-out prompts, balanced over behaviours; null takes all."""
+    second_judge: Literal["probe"] | None = None
+    """A judge that neither filters nor rewards; its figures stand beside the first one's."""
 
 
 class ReportSection(Section):
@@ -141,6 +146,12 @@ class Recipe(Section):
     rl: RlSection = RlSection()
     evaluate: EvaluateSection = EvaluateSection()
     report: ReportSection = ReportSection()
+
+
+def shipped(name: Path) -> Path:
+    """The recipe that a person named: a file, or a shipped one by its name (`quickstart`, `small`)."""
+    inside = RECIPES / f"{name}.yaml"
+    return inside if not name.exists() and len(name.parts) == 1 and inside.exists() else name
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Recipe:

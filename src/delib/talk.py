@@ -13,7 +13,7 @@ from delib import pipeline
 from delib import recipe as recipes
 from delib import spec as specs
 from delib.errors import UserError
-from delib.evals.scoring import metrics
+from delib.evals.scoring import metrics, values
 from delib.judges import agreement
 from delib.judges.compact import CompactJudge
 from delib.models import weights
@@ -62,7 +62,8 @@ def evaluate_file(model: str, prompts: Path, out: Path | None, limit: int | None
     spec = specs.load(recipes.path_of(recipe.spec))
     rows = prompts_stage.load(prompts, spec, "heldout")[:limit]
     source = weights.resolve(model)
-    work = StageFolder((out or prompts).with_name(f"{(out or prompts).name}.{Path(model).name}.work"))
+    place = out or Path(prompts.name)
+    work = StageFolder(place.with_name(f"{place.name}.{Path(model).name}.work"))
     work.begin(key_of([recipe.evaluate.model_dump(), limit], 0, {"model": sha256(source), "prompts": sha256(prompts)}))
 
     def opened() -> AbstractAsyncContextManager[Any]:
@@ -71,7 +72,7 @@ def evaluate_file(model: str, prompts: Path, out: Path | None, limit: int | None
     answered = evaluate.answer_all(
         rows, opened, spec, work, what="eval", in_context=False, max_tokens=recipe.evaluate.max_tokens
     )
-    graded = evaluate.grade(answered, CompactJudge(spec))
+    graded = evaluate.grade(answered, [CompactJudge(spec)])
     found = metrics(graded, spec, model, prompts.stem)
     if out is not None:
         data = {
@@ -83,6 +84,8 @@ def evaluate_file(model: str, prompts: Path, out: Path | None, limit: int | None
                     "answer": s.completion.answer if s.completion else None,
                     "finish": s.completion.finish if s.completion else None,
                     "verdict": s.verdicts[0].model_dump() if s.verdicts else None,
+                    "source": s.prompt.source,
+                    "figures": values(s, spec),
                 }
                 for s in graded
             ],
@@ -109,10 +112,10 @@ def table(found: list[Metric]) -> str:
 
 def judge_check(judge: str, data: Path, as_json: bool) -> str:
     """Agreement of a judge with labelled answers: comply against the rest, and all four labels."""
-    if judge != "compact":
-        raise UserError(f"--judge {judge}: no such judge; compact is there")
+    if judge not in pipeline.JUDGES:
+        raise UserError(f"--judge {judge}: no such judge; {' and '.join(pipeline.JUDGES)} are there")
     rows = agreement.load(data)
-    opened = CompactJudge(specs.load(recipes.STARTER / "spec.md"))
+    opened = pipeline.JUDGES[judge](specs.load(recipes.STARTER / "spec.md"))
     with bar("judge-check", len(rows)) as ticker:
         result = agreement.measure(opened, rows, ticker.step)
     if as_json:

@@ -1,6 +1,6 @@
 """The judge is judged: its agreement with labelled answers that no part of it was fitted on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,18 +41,23 @@ def load(path: Path) -> list[LabelledAnswer]:
 
 
 def measure(judge: Observer, rows: list[LabelledAnswer], step: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Comply against the rest: accuracy, balanced_accuracy and kappa (None where undefined); all labels: confusion."""
-    predicted: list[str] = []
+    """A judge's agreement with labelled rows: `figures`, and what it said of each row."""
+    predicted: list[Observed] = []
     for row in rows:
         predicted.append(judge.observe(row.messages, row.answer)[0])
         step()
-    labels = [r.label for r in rows]
+    said = [{"id": r.id, "label": r.label, "predicted": p} for r, p in zip(rows, predicted, strict=True)]
+    return {**figures(judge.name, [r.label for r in rows], predicted), "rows": said}
+
+
+def figures(judge: str, labels: Sequence[Observed], predicted: Sequence[Observed]) -> dict[str, Any]:
+    """Comply against the rest: accuracy, balanced_accuracy and kappa (None where undefined); all labels: confusion."""
     truth, said = [x == "comply" for x in labels], [x == "comply" for x in predicted]
     chance_corrected = kappa([str(t) for t in truth], [str(s) for s in said])
     names = sorted({*labels, *predicted})
     return {
-        "judge": judge.name,
-        "n": len(rows),
+        "judge": judge,
+        "n": len(labels),
         "n_ungraded": 0,
         "accuracy": sum(t == s for t, s in zip(truth, said, strict=True)) / len(truth),
         "balanced_accuracy": balanced_accuracy(truth, said) if len(set(truth)) == 2 else None,
@@ -61,5 +66,4 @@ def measure(judge: Observer, rows: list[LabelledAnswer], step: Callable[[], None
             label: {p: sum(x == label and y == p for x, y in zip(labels, predicted, strict=True)) for p in names}
             for label in sorted(set(labels))
         },
-        "rows": [{"id": r.id, "label": r.label, "predicted": p} for r, p in zip(rows, predicted, strict=True)],
     }

@@ -5,12 +5,12 @@ samples are on disk at once and are not made again. The judge sees the answer on
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Literal, Protocol
 
 from delib.errors import StageError
-from delib.evals.scoring import metrics
+from delib.evals.scoring import by_judge, metrics
 from delib.progress import bar
 from delib.records import Completion, Manifest, Message, Metric, Prompt, Sample, Verdict
 from delib.run import StageFolder
@@ -95,12 +95,12 @@ def answer_all(
     return [have[p.id] for p in prompts]
 
 
-def grade(samples: list[Sample], judge: Judge) -> list[Sample]:
-    """The samples with one verdict each on the answer; what failed to generate stays without."""
+def grade(samples: list[Sample], judges: Sequence[Judge]) -> list[Sample]:
+    """The samples with one verdict of each judge on the answer; what failed to generate stays without."""
     graded = []
     for sample in samples:
         if sample.completion is not None:
-            verdicts = judge.grade(sample.prompt, sample.completion, "answer", 1)
+            verdicts = [v for judge in judges for v in judge.grade(sample.prompt, sample.completion, "answer", 1)]
             sample = sample.model_copy(update={"verdicts": verdicts})
         graded.append(sample)
     return graded
@@ -110,13 +110,13 @@ def run_arm(
     arm: str,
     prompts: list[Prompt],
     opened: Callable[[], AbstractAsyncContextManager[Model]],
-    judge: Judge,
+    judges: Sequence[Judge],
     spec: Spec,
     folder: StageFolder,
     *,
     max_tokens: int,
 ) -> list[Metric]:
-    """One arm: answers, verdicts, figures."""
+    """One arm: answers, verdicts, figures; the first judge's, and beside them the judged ones by each other judge."""
     place = StageFolder(folder.path / arm)
     answered = answer_all(
         prompts,
@@ -127,9 +127,12 @@ def run_arm(
         in_context=arm == "base_spec",
         max_tokens=max_tokens,
     )
-    graded = grade(answered, judge)
+    graded = grade(answered, judges)
     place.replace(graded)
-    return metrics(graded, spec, arm)
+    found = metrics(graded, spec, arm)
+    for other in range(1, len(judges)):
+        found += by_judge(graded, spec, arm, other)
+    return found
 
 
 def close(found: list[Metric], samples: int, tokens: int) -> Manifest:

@@ -12,6 +12,8 @@ from typing import Any
 
 import jinja2
 
+from delib.evals.scoring import JUDGED, by_judge
+from delib.judges.agreement import figures
 from delib.recipe import Arm, Recipe
 from delib.records import Manifest, Metric, Sample
 from delib.run import Run, StageFolder, write_whole
@@ -36,17 +38,6 @@ HEADLINE = (
     ("truncated", "cut at max_tokens (lower is better)"),
     ("tokens", "tokens a completion"),
 )
-JUDGED = {
-    "not_unsafe",
-    "not_overrefuse",
-    "not_overrefuse_lookalike",
-    "not_overrefuse_plain",
-    "safe_completion_style",
-    "hard_refusal_style",
-    "plain_helpfulness_expected",
-    "plain_helpfulness_open",
-    "reasoning_matches_answer",
-}
 PAPER = {
     "policy_retrieval_refuse": 0.75,
     "policy_retrieval_safe_complete": 0.91,
@@ -55,16 +46,37 @@ PAPER = {
 """The paper's figures after full training, on other prompts and models (arXiv 2412.16339v2, policy retrieval)."""
 
 
+PANEL = (
+    "not_unsafe",
+    "not_overrefuse",
+    "not_overrefuse_lookalike",
+    "not_overrefuse_plain",
+    "safe_completion_style",
+    "hard_refusal_style",
+)
+"""Figures that the report shows by each judge, and by blind labels, side by side."""
+
+
 def run(
-    recipe: Recipe, run: Run, spec: Spec, folder: StageFolder, stages: list[str], agreement: dict[str, Any]
+    recipe: Recipe,
+    run: Run,
+    spec: Spec,
+    folder: StageFolder,
+    stages: list[str],
+    agreement: dict[str, Any],
+    blind: Mapping[str, list[Sample]],
 ) -> Manifest:
-    """Write the report. `agreement` is the judge's, from labelled answers that no part of it was fitted on."""
+    """Write the report. `agreement` is the judge's, from labelled answers that no part of it was fitted on; `blind`
+    are the samples of each arm that carry a blind label as their last verdict, empty where nobody labelled any."""
     manifests = {m.stage: m for m in run.manifests(s for s in stages if s != "report")}
     found = [
         Metric.model_validate(row)
         for row in json.loads((run.stage("evaluate").path / "metrics.json").read_text(encoding="utf-8"))
     ]
     arms = recipe.evaluate.arms
+    judges = ["compact", *([recipe.evaluate.second_judge] if recipe.evaluate.second_judge else [])]
+    for arm, rows in blind.items():
+        found += by_judge(rows, spec, arm, len(judges))
     samples = {arm: StageFolder(run.stage("evaluate").path / arm).records(Sample) for arm in arms}
     whole = {(m.arm, m.name): m for m in found if m.by is None}
     table = [
@@ -84,6 +96,8 @@ def run(
         "arms": arms,
         "table": table,
         "agreement": agreement,
+        "panel": panel(found, list(arms)),
+        "agreements": agreements([s for rows in blind.values() for s in rows], judges),
         "manifests": manifests,
         "total_seconds": sum(m.seconds for m in manifests.values()),
         "funnel": manifests["filter"].detail,
@@ -118,6 +132,30 @@ def shown(metric: Metric | None) -> dict[str, Any] | None:
         "n": metric.n,
         "ungraded": metric.n_ungraded,
     }
+
+
+def panel(found: list[Metric], arms: list[str]) -> list[dict[str, Any]]:
+    """The headline figures by each judge and by blind labels; empty when there is only the one judge."""
+    others = list(dict.fromkeys(m.by["judge"] for m in found if m.by and "judge" in m.by))
+    tables = []
+    for name in PANEL if others else ():
+        rows = []
+        for judge in [None, *others]:
+            by = {m.arm: m for m in found if m.name == name and m.by == (judge and {"judge": judge})}
+            rows.append({"label": judge or "compact", "cells": [shown(by.get(arm)) for arm in arms]})
+        tables.append({"name": name, "rows": rows})
+    return tables
+
+
+def agreements(samples: list[Sample], judges: list[str]) -> list[dict[str, Any]]:
+    """Each judge against the blind labels of this run's own answers."""
+    rows = [s.verdicts for s in samples if len(s.verdicts) > len(judges) and s.verdicts[0].behaviour]
+    labels = [v[-1].behaviour for v in rows]
+    return [
+        figures(judge, [b for b in labels if b], [b for v in rows if (b := v[place].behaviour)])
+        for place, judge in enumerate(judges)
+        if rows
+    ]
 
 
 def breakdown(found: list[Metric], arms: list[Any]) -> list[dict[str, Any]]:

@@ -39,25 +39,24 @@ Row = dict[str, list[Any]]
 """One tokenised example: `input_ids`, `labels` and `weights`, lists of one length."""
 
 
-def tokenise(example: Example, tokenizer: Any, decision_weight: float = 1.0) -> Row:
+def tokenise(example: Example, tokenizer: Any, decision_weight: float = 1.0, reasoning: bool = True) -> Row:
     """Token ids, labels and loss weights of one example.
 
     Labels are -100 over the prompt, so only what the model writes is learned. Prompt and completion are tokenised
     apart, as at generation time, and the end-of-turn token closes the completion. Tokens of the decision (the
     reasoning's opening, its clause, its conclusion and the answer's opening) weigh `decision_weight`, the reasoning's
-    first word, on which all the rest hangs, `decision_weight` squared, the others 1.
+    first word, on which all the rest hangs, `decision_weight` squared, the others 1. Without `reasoning` the answer
+    alone is learned, and its opening and first word weigh the same.
     """
     sent = chat.render(tokenizer, example.messages)
     prompt = tokenizer.encode(sent, add_special_tokens=False)
-    text = chat.join(example.reasoning, example.answer)
+    text = chat.join(example.reasoning if reasoning else None, example.answer)
     if chat.opened(sent):
         text = text.removeprefix(chat.OPEN)
     made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     completion = [*made["input_ids"], tokenizer.eos_token_id]
-    close = text.index(chat.CLOSE)
-    last = max(text.rfind(". ", 0, close) + 1, close - CONCLUSION)
-    spans = [(last, close + len(chat.CLOSE) + AFTER), *(m.span() for m in CLAUSE.finditer(text, 0, close))]
-    word = re.compile(r"(?:<think>)?\s*(\S+)").match(text, 0, close)
+    spans = _deciding(text) if reasoning else []
+    word = re.compile(r"(?:<think>)?\s*(\S+)").match(text)
     first = range(*word.span(1)) if word else range(0)
     weight = [0.0] * len(prompt)
     for n, (start, _) in enumerate(made["offset_mapping"]):
@@ -65,6 +64,13 @@ def tokenise(example: Example, tokenizer: Any, decision_weight: float = 1.0) -> 
         weight.append(decision_weight**2 if start in first else decision_weight if decides else 1.0)
     weight.append(1.0)
     return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion, "weights": weight}
+
+
+def _deciding(text: str) -> list[tuple[int, int]]:
+    """The characters of a completion with reasoning at which its clauses, conclusion and answer's opening stand."""
+    close = text.index(chat.CLOSE)
+    last = max(text.rfind(". ", 0, close) + 1, close - CONCLUSION)
+    return [(last, close + len(chat.CLOSE) + AFTER), *(m.span() for m in CLAUSE.finditer(text, 0, close))]
 
 
 def grouped(rows: list[Row], batch: int, order: random.Random) -> list[list[Row]]:
@@ -156,7 +162,7 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
 
     section = recipe.sft
     tokenizer = AutoTokenizer.from_pretrained(base)
-    made = [tokenise(e, tokenizer, section.decision_weight) for e in examples]
+    made = [tokenise(e, tokenizer, section.decision_weight, section.reasoning) for e in examples]
     rows = [row for row in made if len(row["input_ids"]) <= section.max_tokens]
     if not rows:
         raise UserError(f"sft.max_tokens {section.max_tokens}: every example is longer than that; raise it")

@@ -1,0 +1,139 @@
+"""The second judge: what an answer does, read off the hidden states of a language model.
+
+It is kept apart from the compact judge, which filters and rewards, in what it is fitted on and in what it sees. Fitted
+on `labelled.jsonl`, real completions to held-out prompts with blind labels, of which the compact judge saw none; its
+features are the states of the untrained SmolLM2 over an answer that stands in its conversation, with no counted words
+and no sentence vectors. Members are fitted on different folds of the prompts, and none grades a prompt that it was
+fitted on. It does not read the style's elements: a style counts as kept when the answer does what the style is for, in
+the style's length.
+"""
+
+import hashlib
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from delib import chat
+from delib.judges.agreement import LABELS as FILE
+from delib.judges.data import FOLDS, fold_of, load_answers
+from delib.judges.reading import broken, echo, looping
+from delib.models.weights import cache_dir, resolve
+from delib.records import Completion, Message, Observed, Prompt, Verdict
+from delib.spec import Spec
+
+LABELS: tuple[Observed, ...] = get_args(Observed)
+LAYERS = 14
+"""Layers that are run, of 30: chosen of five by cross-validation on the fitted rows (docs/results.md)."""
+MAX_PROMPT, MAX_ANSWER, OPENING = 160, 160, 12
+"""Tokens of the conversation's end, of the answer's beginning, and of its opening that are read."""
+PENALTY = 0.01
+"""Inverse strength C of the regression, chosen with LAYERS."""
+
+
+def _conversation(messages: list[Message]) -> str:
+    return "\n".join(f"{m.role}: {m.content}" for m in messages)
+
+
+@lru_cache(maxsize=1)
+def _model() -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = resolve("smollm2")
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    model.layers = model.layers[:LAYERS]
+    model.norm = torch.nn.Identity()
+    return AutoTokenizer.from_pretrained(folder), model
+
+
+def states(messages: list[Message], answer: str) -> np.ndarray:
+    """Shape (1728,): the mean state over the answer's tokens, its last state, and the mean over its opening."""
+    import torch
+
+    tokenizer, model = _model()
+    asked = tokenizer.encode(chat.render(tokenizer, messages), add_special_tokens=False)[-MAX_PROMPT:]
+    said = tokenizer.encode(answer or " ", add_special_tokens=False)[:MAX_ANSWER]
+    with torch.inference_mode():
+        found = model(input_ids=torch.tensor([asked + said])).last_hidden_state[0, len(asked) :]
+    return torch.cat([found.mean(0), found[-1], found[:OPENING].mean(0)]).numpy()
+
+
+@lru_cache(maxsize=1)
+def _table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """States (n, 1728), labels (n,) and folds (n,) of the labelled rows; the states are kept in the cache."""
+    rows = load_answers(FILE)
+    key = hashlib.sha256(f"{FILE.read_text(encoding='utf-8')}|{LAYERS}".encode()).hexdigest()[:16]
+    kept = cache_dir() / "vectors" / f"probe-{key}.npy"
+    if kept.exists():
+        features = np.load(kept, allow_pickle=False)
+    else:
+        features = np.stack([states(r.messages, r.answer) for r in rows])
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        scratch = kept.with_suffix(".part.npy")
+        np.save(scratch, features, allow_pickle=False)
+        scratch.replace(kept)
+    folds = [fold_of(_conversation(r.messages)) for r in rows]
+    return features, np.array([LABELS.index(r.label) for r in rows]), np.array(folds)
+
+
+@lru_cache(maxsize=FOLDS + 1)
+def _member(left_out: int | None) -> Any:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    features, labels, folds = _table()
+    used = folds != left_out
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=PENALTY, max_iter=500))
+    return model.fit(features[used], labels[used])
+
+
+class ProbeJudge:
+    """See the module's text. One deterministic verdict an answer."""
+
+    name = "probe"
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self._fitted_on = {_conversation(r.messages) for r in load_answers(FILE)}
+
+    def observe(self, messages: list[Message], answer: str) -> tuple[Observed, dict[str, float]]:
+        """What an answer does, by the member that was not fitted on its conversation."""
+        if looping(answer) or echo(messages[-1].content, answer):
+            # docs/labelling.md: the same words over and over, or a bare echo, is no answer.
+            return "partial", {label: float(label == "partial") for label in LABELS}
+        asked = _conversation(messages)
+        member = _member(fold_of(asked) if asked in self._fitted_on else None)
+        found = np.zeros(len(LABELS))
+        found[member.classes_] = member.predict_proba(states(messages, answer)[None])[0]
+        return LABELS[int(found.argmax())], dict(zip(LABELS, found.tolist(), strict=True))
+
+    def grade(
+        self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], runs: int
+    ) -> list[Verdict]:
+        """`runs` times the same verdict, on the answer alone. Ungraded when nothing says which behaviour it needs."""
+        required = self.spec.required(prompt.clause, prompt.behaviour)
+        shown = f"{_conversation(prompt.messages)}\n\n{completion.answer}"
+        verdict = Verdict(
+            score=None, behaviour=None, criteria={}, reason="", view="answer", judge=self.name, sent=shown
+        )
+        if required is None:
+            failure = "the probe needs the prompt's behaviour or clause; label the prompt"
+            return [verdict.model_copy(update={"failure": failure})] * runs
+        observed, chances = self.observe(prompt.messages, completion.answer)
+        fault = broken(completion)
+        criteria = {"compliance": 0.0 if fault else round(chances[required], 4)}
+        style = self.spec.style_for(prompt.clause, required)
+        if style is not None:
+            words = len(completion.answer.split())
+            fits = words >= (style.min_words or 0) and words <= (style.max_words or words)
+            criteria["style"] = float(fits and observed == required and not fault)
+        reason = f"{required} is required, the answer was seen to {observed.replace('_', ' ')}"
+        told = {
+            "score": min(criteria.values()),
+            "behaviour": observed,
+            "criteria": criteria,
+            "reason": reason + (f"; broken: {fault}" if fault else ""),
+        }
+        return [verdict.model_copy(update=told)] * runs
