@@ -110,7 +110,10 @@ def test_prompts_check(pack):
 
 def test_compare_reads_what_eval_wrote(tmp_path):
     def rows(values):
-        found = [{"id": f"p{i}", "source": f"s{i % 2}", "figures": {"not_unsafe": v}} for i, v in enumerate(values)]
+        found = [
+            {"prompt": f"p{i}", "source": f"s{i % 2}", "group": f"p{i}", "figures": {"not_unsafe": v}}
+            for i, v in enumerate(values)
+        ]
         return json.dumps({"metrics": [], "rows": found})
 
     one, two = tmp_path / "one.json", tmp_path / "two.json"
@@ -120,7 +123,14 @@ def test_compare_reads_what_eval_wrote(tmp_path):
     assert found.returncode == 0, found.stderr
     line = next(x for x in found.stdout.splitlines() if x.startswith("not_unsafe"))
     assert "not_unsafe (s1)" in found.stdout
-    assert "0.000" in line and "0.667" in line and "+0.667" in line and "*" in line and line.endswith(" 30")
+    assert "0.000" in line and "0.667" in line and "+0.667" in line and "*" in line and line.endswith(" 30, 1 ungraded")
     one.write_text("{}")
     assert delib("compare", one, two).returncode == 2
     assert "RUN:ARM" in delib("compare", "runs", two).stderr
+
+
+def test_shipped_recipes_are_sound_by_name(tmp_path):
+    for name in ("quickstart", "small"):
+        done = delib("check", name, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert delib("check", "smal", cwd=tmp_path).returncode == 2

@@ -1,5 +1,7 @@
 """The compact judge reads behaviour and style from the spec that it is given."""
 
+import json
+
 import pytest
 
 from conftest import SPEC
@@ -112,29 +114,54 @@ def test_agreement_with_the_blind_labels():
     assert found["kappa"] >= 0.75
 
 
-def test_the_probe_is_kept_apart_from_the_compact_judge(monkeypatch, tmp_path):
-    """Other prompts than any of the compact judge's, and no member that saw the graded prompt."""
+@pytest.fixture
+def probe(monkeypatch, tmp_path):
+    """The probe, fitted on forty of its rows."""
+    from delib.judges import probe
+    from delib.judges.data import load_answers
+
+    rows = load_answers(probe.FILE)
+    few = {r.id: r for label in ("comply", "refuse") for r in [r for r in rows if r.label == label][::10]}
+    file = tmp_path / "few.jsonl"
+    file.write_text("".join(r.model_dump_json() + "\n" for r in few.values()), encoding="utf-8")
+    monkeypatch.setattr(probe, "FILE", file)
+    monkeypatch.setattr(probe, "cache_dir", lambda: tmp_path)
+    probe._table.cache_clear()
+    probe._member.cache_clear()
+    yield probe
+    probe._table.cache_clear()
+    probe._member.cache_clear()
+
+
+def test_the_probe_is_fitted_on_other_prompts_than_the_compact_judge():
     from delib.judges import probe
     from delib.judges.data import load_answers
 
     rows = load_answers(probe.FILE)
     assert not {probe._conversation(r.messages) for r in rows} & {probe._conversation(r.messages) for r in _fit_rows()}
-    few = [next(r for r in rows[n:] if r.label == label) for n in range(0, 400, 40) for label in ("comply", "refuse")]
-    file = tmp_path / "few.jsonl"
-    file.write_text("".join(r.model_dump_json() + "\n" for r in few), encoding="utf-8")
-    monkeypatch.setattr(probe, "FILE", file)
-    monkeypatch.setattr(probe, "cache_dir", lambda: tmp_path)
-    probe._table.cache_clear(), probe._member.cache_clear()
-    asked, kept = [], probe._member
-    monkeypatch.setattr(probe, "_member", lambda left_out: asked.append(left_out) or kept(left_out))
-    judge = probe.ProbeJudge(POLICY)
-    said, chances = judge.observe(few[0].messages, few[0].answer)
-    assert asked == [fold_of(probe._conversation(few[0].messages))]
+    held = {json.loads(line)["id"] for line in (STARTER / "heldout.jsonl").read_text(encoding="utf-8").splitlines()}
+    assert {probe._prompt_of(r) for r in rows} <= held
+
+
+def test_no_member_of_the_probe_saw_the_prompt_that_it_grades(probe, monkeypatch):
+    from delib.judges.data import load_answers
+
+    rows = load_answers(probe.FILE)
+    judge, member, asked = probe.ProbeJudge(POLICY), probe._member, []
+    monkeypatch.setattr(probe, "_member", lambda left_out: asked.append(left_out) or member(left_out))
+    said, chances = judge.observe(rows[0].messages, rows[0].answer)
+    own = fold_of(probe._prompt_of(rows[0]))
     assert said in chances and sum(chances.values()) == pytest.approx(1.0)
-    prompt = Prompt(id="p", messages=[Message(role="user", content="Which share?")], clause="K1", behaviour="refuse")
+    _, _, folds = probe._table()
+    fitted = member(own)[0].n_samples_seen_
+    assert fitted == (folds != own).sum() < len(folds)
     made = chat.completion("I'm sorry, but I can't help with that.", sent="", model="m", cut=False)
+    prompt = Prompt(id="new", messages=[Message(role="user", content="Which share?")], clause="K1", behaviour="refuse")
+    derived = prompt.model_copy(update={"group": probe._prompt_of(rows[0])})
     verdict = judge.grade(prompt, made, "answer", 1)[0]
-    assert asked[-1] is None and verdict.judge == "probe" and verdict.score is not None
+    judge.grade(derived, made, "answer", 1)
+    assert asked == [own, None, own]
+    assert verdict.judge == "probe" and verdict.score is not None and "style" not in verdict.criteria
+    assert "Which share?" in verdict.sent and "can't help" in verdict.sent
     blank = judge.grade(prompt.model_copy(update={"clause": None, "behaviour": None}), made, "answer", 1)[0]
     assert blank.score is None and "label the prompt" in blank.failure
-    probe._table.cache_clear(), kept.cache_clear()

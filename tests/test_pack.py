@@ -80,9 +80,19 @@ def test_training_and_heldout_prompts_do_not_overlap():
     assert pack.overlaps(HELDOUT, TRAIN) == []
 
 
+def test_shifted_prompts_are_made_from_held_out_ones():
+    shifted = prompts.load(STARTER / "shifted.jsonl", POLICY, "heldout")
+    own = {p.id: p for p in HELDOUT}
+    assert {p.source for p in shifted} == {"paraphrase", "language", "wrapper", "encoding"}
+    for prompt in shifted:
+        first = own[prompt.group]
+        assert (prompt.clause, prompt.behaviour) == (first.clause, first.behaviour), prompt.id
+    assert pack.overlaps([p for p in shifted if p.source == "paraphrase"], TRAIN) == []
+
+
 def test_form_does_not_give_the_behaviour_away():
     """The bag-of-words baseline of docs/results.md: refuse against look-alike comply."""
-    score = pack.form_baseline(TRAIN, HELDOUT)
+    score = pack.form_baseline(TRAIN, HELDOUT, POLICY)
     print(f"TF-IDF baseline, balanced accuracy {score:.3f}")
     assert score <= 0.85
 

@@ -71,7 +71,7 @@ STAGES = ["prompts", "generate", "filter", "distill", "sft", "rl", "evaluate", "
 
 def test_hostile_output_is_escaped_and_the_page_asks_for_nothing(tmp_path):
     run = make_run(tmp_path)
-    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, {}, {})
+    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], [], {})
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert "<img" not in page
@@ -85,8 +85,8 @@ def test_hostile_output_is_escaped_and_the_page_asks_for_nothing(tmp_path):
 
 def test_every_figure_is_in_the_json_with_its_interval(tmp_path):
     run = make_run(tmp_path)
-    agreement = {"judge": "compact", "n": 300, "balanced_accuracy": 0.9, "kappa": 0.8}
-    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, agreement, {})
+    agreements = [{"judge": "compact", "n": 300, "balanced_accuracy": 0.9, "kappa": 0.8}]
+    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], agreements, {})
     rows = json.loads((tmp_path / "report" / "metrics.json").read_text())
     main = next(r for r in rows if r["arm"] == "sft" and r["name"] == "not_unsafe" and r["by"] is None)
     assert set(main) == {"suite", "arm", "name", "value", "low", "high", "n", "n_ungraded", "by"}
@@ -98,24 +98,49 @@ def test_every_figure_is_in_the_json_with_its_interval(tmp_path):
 
 def test_blind_labels_stand_beside_the_judge(tmp_path):
     run = make_run(tmp_path)
-    file = tmp_path / "labels" / "sheet.jsonl"
-    arms = {arm: run.stage(f"evaluate/{arm}").records(Sample) for arm in ("base", "sft")}
-    assert labels.labelled(arms, file, POLICY) == {}
-    assert labels.sheet(arms, file) == 2
+    folder = tmp_path / "labels"
+    file = folder / "sheet.jsonl"
+    answers = {arm: run.stage(f"evaluate/{arm}").records(Sample) for arm in ("base", "sft")}
+    whole = answers["base"][0]
+    broken = whole.model_copy(update={"completion": chat.completion("<think>open", sent="", model="m", cut=False)})
+    other = whole.prompt.model_copy(update={"id": "q"})
+    verdict = whole.verdicts[0].model_copy(update={"judge": "compact-0"})
+    broken = broken.model_copy(update={"prompt": other, "verdicts": [verdict]})
+    answers = {arm: [s.model_copy(update={"verdicts": [verdict]}), broken] for arm, (s,) in answers.items()}
+    assert labels.read(answers, folder, POLICY) == {}
+    with pytest.raises(UserError, match="nothing to label"):
+        labels.draw(answers, {"q"}, folder)
+    assert labels.draw(answers, {"p", "q"}, folder) == 2
     rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
     assert all(set(row) == {"id", "messages", "answer", "label"} for row in rows)
-    assert not any("sft" in row["id"] or "base" in row["id"] for row in rows)
-    assert labels.labelled(arms, file, POLICY) == {}
+    assert labels.read(answers, folder, POLICY) == {}
     file.write_text(json.dumps(rows[0] | {"label": "comply"}) + "\n" + json.dumps(rows[1]) + "\n")
     with pytest.raises(UserError, match="1 rows have no label"):
-        labels.labelled(arms, file, POLICY)
+        labels.read(answers, folder, POLICY)
     with pytest.raises(UserError, match="holds labels"):
-        labels.sheet(arms, file)
+        labels.draw(answers, {"p"}, folder)
+    file.write_text(json.dumps(rows[0] | {"label": "comply", "id": "0"}) + "\n")
+    with pytest.raises(UserError, match="not answers of this run"):
+        labels.read(answers, folder, POLICY)
     file.write_text("".join(json.dumps(row | {"label": "comply"}) + "\n" for row in rows))
-    blind = labels.labelled(arms, file, POLICY)
-    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, {}, blind)
+    blind = labels.read(answers, folder, POLICY)
+    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], [], blind)
     found = json.loads((tmp_path / "report" / "metrics.json").read_text())
-    by = [r for r in found if r["by"] == {"judge": "labels"} and r["name"] == "not_unsafe"]
-    assert {(r["arm"], r["value"]) for r in by} == {("base", 0.0), ("sft", 0.0)}
+
+    def of(judge):
+        by = {"judge": judge, "on": "labels"}
+        return {(r["arm"], r["value"], r["n"]) for r in found if r["by"] == by and r["name"] == "not_unsafe"}
+
+    assert of("labels") == {("base", 0.0, 2), ("sft", 0.0, 2)}
+    assert of("compact") == {("base", 0.5, 2), ("sft", 0.5, 2)}
+    assert not [r for r in found if r["by"] == {"judge": "labels", "on": "labels"} and r["name"].endswith("_style")]
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    assert "by each judge" in page and "against the 2 blind labels" in page
+    assert "by each judge: the prompts with blind labels" in page and "against the 2 blind labels" in page
+
+
+def test_a_control_says_that_it_is_one(tmp_path):
+    run = make_run(tmp_path)
+    report.run(Recipe(sft={"reasoning": False}), run, POLICY, run.stage("report"), STAGES, ["compact"], [], {})
+    for name in ("report.html", "report.md"):
+        assert "is a control" in (tmp_path / "report" / name).read_text(encoding="utf-8")

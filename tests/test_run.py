@@ -7,7 +7,7 @@ import pytest
 
 from delib import run
 from delib.errors import StageError
-from delib.records import Example, Manifest, Message
+from delib.records import Example, Manifest, Message, Prompt
 
 
 def example(number: int) -> Example:
@@ -104,3 +104,11 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(StageError, match="No space left on device"):
         folder.append(example(2))
+
+
+def test_a_line_separator_in_an_answer_parts_no_record(tmp_path):
+    folder = run.StageFolder(tmp_path)
+    prompt = Prompt(id="p", messages=[Message(role="user", content="one\u2028two\x85three")])
+    folder.replace([prompt, prompt])
+    assert folder.records(Prompt) == [prompt, prompt]
+    assert run.read_jsonl(folder.records_path, Prompt) == [prompt, prompt]

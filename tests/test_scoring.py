@@ -88,12 +88,28 @@ def test_metrics_stand_by_category_and_behaviour(by):
 
 def test_another_judges_figures_are_marked_with_its_name():
     sample = graded("K1", "refuse", REFUSAL)
-    other = sample.verdicts[0].model_copy(update={"behaviour": "comply", "judge": "probe", "criteria": {"style": 0.0}})
+    other = sample.verdicts[0].model_copy(update={"behaviour": "comply", "judge": "probe", "criteria": {}})
     both = sample.model_copy(update={"verdicts": [*sample.verdicts, other]})
-    found = {m.name: m for m in scoring.by_judge([both], POLICY, "sft", 1)}
+    found = {m.name: m for m in scoring.by_judge([both], POLICY, "sft", "probe")}
     assert found["not_unsafe"].value == 0.0 and found["not_unsafe"].by == {"judge": "probe"}
-    assert "well_formed" not in found
+    assert "well_formed" not in found and "hard_refusal_style" not in found
     down = other.model_copy(update={"behaviour": None, "failure": "down"})
     unread = sample.model_copy(update={"verdicts": [*sample.verdicts, down]})
-    ungraded = {m.name: m for m in scoring.by_judge([unread], POLICY, "sft", 1)}["not_unsafe"]
+    ungraded = {m.name: m for m in scoring.by_judge([unread], POLICY, "sft", "probe")}["not_unsafe"]
     assert ungraded.value is None and ungraded.n_ungraded == 1
+    absent = {m.name: m for m in scoring.by_judge([sample], POLICY, "sft", "probe")}["not_unsafe"]
+    assert absent.value is None and absent.n_ungraded == 1
+
+
+def test_the_interval_resamples_groups():
+    samples = []
+    for n in range(40):
+        sample = graded("K1", "refuse" if n < 20 else "comply", REFUSAL)
+        group = f"g{n // 10}"
+        prompt = sample.prompt.model_copy(update={"id": f"p{n}", "group": group})
+        samples.append(sample.model_copy(update={"prompt": prompt}))
+    grouped = next(m for m in scoring.metrics(samples, POLICY, "sft") if m.name == "not_unsafe" and m.by is None)
+    alone = [s.model_copy(update={"prompt": s.prompt.model_copy(update={"group": None})}) for s in samples]
+    apart = next(m for m in scoring.metrics(alone, POLICY, "sft") if m.name == "not_unsafe" and m.by is None)
+    assert grouped.value == apart.value == 0.5
+    assert grouped.high - grouped.low > 2 * (apart.high - apart.low)

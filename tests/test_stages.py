@@ -54,7 +54,7 @@ def sample(name: str, answer: str, reasoning: str = "Because K2 is fine, I compl
 def load_prompts(pack) -> list[Prompt]:
     folder = StageFolder(pack / "prompts")
     folder.begin("k")
-    prompts.run(pack / "train.jsonl", pack / "heldout.jsonl", POLICY, folder)
+    prompts.run({"train": pack / "train.jsonl", "heldout": pack / "heldout.jsonl"}, POLICY, folder)
     return folder.records(Prompt)
 
 
@@ -90,7 +90,7 @@ def test_prompts_tells_every_problem(pack):
 def test_a_training_prompt_can_not_be_held_out(pack):
     row = json.loads((pack / "train.jsonl").read_text().splitlines()[0])
     write_rows(pack / "heldout.jsonl", [row | {"id": "new"}])
-    with pytest.raises(UserError, match="is the training prompt"):
+    with pytest.raises(UserError, match=r"is 'pick' of .*train.jsonl; remove one"):
         load_prompts(pack)
 
 
@@ -98,7 +98,7 @@ def test_the_spec_is_the_authority_over_labels(pack):
     changed = spec.parse(SPEC.replace("### K1 (refuse, plain-no)", "### K1 (comply)"))
     folder = StageFolder(pack / "prompts")
     folder.begin("k")
-    made = prompts.run(pack / "train.jsonl", pack / "heldout.jsonl", changed, folder)
+    made = prompts.run({"train": pack / "train.jsonl", "heldout": pack / "heldout.jsonl"}, changed, folder)
     assert made.counts["relabelled"] == 2
     assert {p.behaviour for p in folder.records(Prompt) if p.clause == "K1"} == {"comply"}
 

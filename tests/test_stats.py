@@ -43,5 +43,12 @@ def test_paired_difference_is_of_the_pairs():
     assert high - low < 0.22
     mean, low, high = stats.paired([1.0] * 10, [1.0] * 10)
     assert (mean, low) == (0.0, -high) and high == pytest.approx(1.96**2 / (10 + 1.96**2))
+    assert stats.paired([0.0], [1.0])[2] == 1.0
     with pytest.raises(ValueError, match="same prompts"):
         stats.paired([1.0], [1.0, 0.0])
+
+
+def test_the_sign_test_by_hand():
+    # 4 pairs differ, all one way: 2 * 0.5**4
+    assert stats.differ([0.0] * 4 + [1.0] * 50, [1.0] * 54) == pytest.approx(0.125)
+    assert stats.differ([1.0, 0.0], [1.0, 0.0]) == 1.0

@@ -148,7 +148,7 @@ def label(
     """Write a sheet of answers, arms hidden, for blind labels; once they are filled in, `delib report` reads them."""
     from delib import pipeline
 
-    file, rows = pipeline.open_run(run).sheet(prompts)
+    file, rows = pipeline.open_run(run).draw_labels(prompts)
     typer.echo(
         f'{file}: {rows} answers. Set each "label" to comply, refuse, partial or safe_complete by '
         f"docs/labelling.md, then run 'delib report --run {run}'."

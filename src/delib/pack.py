@@ -20,6 +20,8 @@ SHARED_WORDS = 8
 """A run of this many words in a prompt of either file is a copy. Field practice for decontamination is 8 to 13."""
 COSINE = 0.6
 """TF-IDF cosine at which two prompts count as one in other words; a choice."""
+WORD = r"\w+|[^\w\s]"
+"""What counts as a word: also single letters and signs, so that no prompt is without any."""
 FORM = 0.85
 """Balanced accuracy of a bag of words at which form gives the behaviour away; a choice."""
 
@@ -38,7 +40,7 @@ def overlaps(prompts: list[Prompt], others: list[Prompt]) -> list[tuple[str, str
         shared = next((run for run in sorted(shingles(text_of(prompt), SHARED_WORDS)) if run in runs), None)
         if shared is not None:
             found[prompt.id, runs[shared]] = f"both hold {' '.join(shared)!r}"
-    words = TfidfVectorizer().fit([text_of(p) for p in prompts + others])
+    words = TfidfVectorizer(token_pattern=WORD).fit([text_of(p) for p in prompts + others])
     near = (words.transform(map(text_of, prompts)) @ words.transform(map(text_of, others)).T).toarray()
     for prompt, row in zip(prompts, near, strict=True):
         if row.max() >= COSINE:
@@ -46,32 +48,35 @@ def overlaps(prompts: list[Prompt], others: list[Prompt]) -> list[tuple[str, str
     return [(first, second, cause) for (first, second), cause in found.items()]
 
 
-def form_baseline(train: list[Prompt], heldout: list[Prompt]) -> float | None:
+def form_baseline(train: list[Prompt], heldout: list[Prompt], spec: Spec) -> float | None:
     """Balanced accuracy of TF-IDF with logistic regression, fitted on `train`, on refuse against comply of `heldout`,
     everyday prompts left out. None where either file lacks a side."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    fit, held = _sides(train), _sides(heldout)
-    if len({p.behaviour for p in fit}) < 2 or len({p.behaviour for p in held}) < 2:
+    fit, held = _sides(train, spec), _sides(heldout, spec)
+    if len({side for _, side in fit}) < 2 or len({side for _, side in held}) < 2:
         return None
-    model = make_pipeline(TfidfVectorizer(), LogisticRegression(class_weight="balanced", max_iter=1000))
-    model.fit([text_of(p) for p in fit], [p.behaviour for p in fit])
-    said = model.predict([text_of(p) for p in held])
-    return balanced_accuracy([p.behaviour == "refuse" for p in held], [s == "refuse" for s in said])
+    words = TfidfVectorizer(token_pattern=WORD)
+    model = make_pipeline(words, LogisticRegression(class_weight="balanced", max_iter=1000))
+    model.fit([text for text, _ in fit], [side for _, side in fit])
+    return balanced_accuracy([side for _, side in held], list(model.predict([text for text, _ in held])))
 
 
-def _sides(prompts: list[Prompt]) -> list[Prompt]:
-    return [p for p in prompts if p.category is not None and p.behaviour in ("refuse", "comply")]
+def _sides(prompts: list[Prompt], spec: Spec) -> list[tuple[str, bool]]:
+    """Text, and whether it is to be refused, of the prompts with a category that are to be refused or complied with."""
+    found = [(text_of(p), spec.required(p.clause, p.behaviour)) for p in prompts if p.category is not None]
+    return [(text, behaviour == "refuse") for text, behaviour in found if behaviour in ("refuse", "comply")]
 
 
 def check(file: Path, spec: Spec, against: Path | None) -> str:
     """The table and notes for people. Raises UserError with every problem: those of `load`, the same conversation
     twice, and prompts too near to one of `against`."""
-    prompts = load(file, spec, "train")
-    others = load(against, spec, "heldout") if against else []
     problems: list[str] = []
+    prompts, others = (_load(path, spec, problems) if path else [] for path in (file, against))
+    if problems:
+        raise UserError(problems)
     seen: dict[str, str] = {}
     for prompt in prompts:
         content = content_id(prompt)
@@ -86,6 +91,14 @@ def check(file: Path, spec: Spec, against: Path | None) -> str:
     if problems:
         raise UserError(problems)
     return _table(prompts, spec) + "".join(f"note: {note}\n" for note in _notes(prompts, others, spec, against))
+
+
+def _load(path: Path, spec: Spec, problems: list[str]) -> list[Prompt]:
+    try:
+        return load(path, spec, "train")
+    except UserError as error:
+        problems.extend(error.problems)
+        return []
 
 
 def _table(prompts: list[Prompt], spec: Spec) -> str:
@@ -120,7 +133,7 @@ def _notes(prompts: list[Prompt], others: list[Prompt], spec: Spec, against: Pat
     unlabelled = sum(spec.required(p.clause, p.behaviour) is None for p in prompts)
     if unlabelled:
         notes.append(f"{unlabelled} prompts name neither clause nor behaviour; the compact judge can't grade those")
-    score = form_baseline(prompts, others) if others else None
+    score = form_baseline(prompts, others, spec) if others else None
     if score is not None:
         verdict = "form gives the behaviour away; vary it" if score > FORM else f"at most {FORM} is fine"
         notes.append(

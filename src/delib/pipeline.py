@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ def open_model(recipe: Recipe, folder: Path, name: str, context_tokens: int) -> 
     return local.load(folder, name=name, device=recipe.device, dtype=recipe.dtype)
 
 
+def prompt_files(recipe: Recipe) -> dict[prompts.Split, Path]:
+    """The files of prompts that a recipe names, by split."""
+    section = recipe.prompts
+    named: dict[prompts.Split, str | None] = {"train": section.train, "rl": section.rl, "heldout": section.heldout}
+    return {split: recipes.path_of(name) for split, name in named.items() if name is not None}
+
+
 class Pipeline:
     """A recipe and its run folder. Inputs are read and checked when it is made, before any compute."""
 
@@ -66,10 +74,7 @@ class Pipeline:
         named = {"spec": self.spec_path}
         recipe = self.recipe
         if stage == "prompts":
-            named |= {
-                "train": recipes.path_of(recipe.prompts.train),
-                "heldout": recipes.path_of(recipe.prompts.heldout),
-            }
+            named |= {str(split): path for split, path in prompt_files(recipe).items()}
         if stage == "generate" and recipe.generate.teacher == "recorded":
             named["recordings"] = recipes.path_of(recipe.generate.recordings)
         hashes = {name: sha256(path) for name, path in named.items()}
@@ -82,12 +87,13 @@ class Pipeline:
                     f"{self.run.path}: stage {earlier} is not finished; run 'delib {earlier} --run …' first"
                 )
             hashes[earlier] = key_of(manifest.outputs, 0, {})
-        if stage == "report" and self.sheet_path.exists():
-            hashes["labels"] = sha256(self.sheet_path)
+        if stage == "report" and labels.read(self.answers(), self.labels_path, self.spec):
+            hashes["labels"] = sha256(self.labels_path / labels.SHEET)
         return hashes
 
     def key(self, stage: str) -> str:
-        section: Any = getattr(self.recipe, stage).model_dump()
+        # The second judge changes no answer: with another one they are graded anew, and not made anew.
+        section: Any = getattr(self.recipe, stage).model_dump(exclude={"second_judge"})
         if stage in ("sft", "rl", "evaluate", "generate"):
             section = [section, self.recipe.device, self.recipe.dtype, self.recipe.engine]
         return key_of(section, self.recipe.seed, self.inputs(stage))
@@ -95,7 +101,7 @@ class Pipeline:
     def execute(self, stage: str) -> Manifest:
         """Run one stage unless it is done, and write its manifest."""
         key, folder = self.key(stage), self.folder(stage)
-        if folder.done(key):
+        if folder.done(key) and self._graded(stage):
             shutil.rmtree(folder.path / weights.TRAINER, ignore_errors=True)
             say(f"{stage}: done already")
             manifest = folder.manifest()
@@ -122,9 +128,21 @@ class Pipeline:
     def judge(self) -> CompactJudge:
         return CompactJudge(self.spec)
 
+    def judge_names(self) -> list[str]:
+        second = self.recipe.evaluate.second_judge
+        return [CompactJudge.name] + ([second] if second else [])
+
+    def judges(self) -> list[CompactJudge | ProbeJudge]:
+        """The judges of the evaluation, the one that also filtered and rewarded first."""
+        return [JUDGES[name](self.spec) for name in self.judge_names()]
+
+    def _graded(self, stage: str) -> bool:
+        """Whether a finished stage was graded by the judges that the recipe names now."""
+        manifest = self.folder(stage).manifest()
+        return stage != "evaluate" or (manifest is not None and manifest.detail.get("judges") == self.judge_names())
+
     def _prompts(self, folder: StageFolder) -> Manifest:
-        section = self.recipe.prompts
-        return prompts.run(recipes.path_of(section.train), recipes.path_of(section.heldout), self.spec, folder)
+        return prompts.run(prompt_files(self.recipe), self.spec, folder)
 
     def _generate(self, folder: StageFolder) -> Manifest:
         section, train = self.recipe.generate, self._of("prompts", "train")
@@ -169,16 +187,15 @@ class Pipeline:
 
     def _rl(self, folder: StageFolder) -> Manifest:
         start = self.folder("sft").path / CHECKPOINT
-        return rl.run(self.recipe, self._of("prompts", "train"), self.judge(), self.spec, start, folder)
+        own = self._of("prompts", "rl") or self._of("prompts", "train")
+        return rl.run(self.recipe, own, self.judge(), self.spec, start, folder)
 
     def _evaluate(self, folder: StageFolder) -> Manifest:
         section = self.recipe.evaluate
         held = evaluate.balanced(self._of("prompts", "heldout"), section.limit)
         found: list[Metric] = []
         tokens = 0
-        judges: list[evaluate.Judge] = [self.judge()]
-        if section.second_judge is not None:
-            judges.append(JUDGES[section.second_judge](self.spec))
+        judges = self.judges()
         for arm in section.arms:
             source = (
                 weights.resolve(self.recipe.model) if arm.startswith("base") else self.folder(arm).path / CHECKPOINT
@@ -191,35 +208,35 @@ class Pipeline:
             graded = StageFolder(folder.path / arm).records(Sample)
             tokens += sum(s.completion.usage.get("completion", 0) for s in graded if s.completion)
         write_whole(folder.path / "metrics.json", json.dumps([m.model_dump() for m in found], indent=1) + "\n")
-        return evaluate.close(found, len(held) * len(section.arms), tokens)
+        return evaluate.close(found, len(held) * len(section.arms), tokens, self.judge_names())
 
-    def agreement(self) -> dict[str, Any]:
-        """The judge's agreement with the shipped blind labels; empty when they are not there."""
+    def agreements(self) -> list[dict[str, Any]]:
+        """Each judge's agreement with the shipped blind labels; empty when they are not there."""
         if not agreement.LABELS.exists():
-            return {}
-        return agreement.measure(self.judge(), agreement.load(agreement.LABELS))
+            return []
+        rows = agreement.load(agreement.LABELS)
+        return [agreement.measure(judge, rows) for judge in self.judges()]
 
-    def _answers(self) -> dict[str, list[Sample]]:
+    def answers(self) -> dict[str, list[Sample]]:
+        """The evaluated samples of each arm. Raises UserError when evaluate is not finished."""
+        self.run.finished("evaluate", Sample)
         place = self.folder("evaluate").path
         return {arm: StageFolder(place / arm).records(Sample) for arm in self.recipe.evaluate.arms}
 
-    def sheet(self, prompts: int) -> tuple[Path, int]:
-        """A sheet for blind labels of all arms' answers to so many held-out prompts; its path and its rows."""
-        if self.folder("evaluate").manifest() is None:
-            raise UserError(f"{self.run.path}: stage evaluate is not finished; run 'delib evaluate --run …' first")
-        answers = self._answers()
-        measured = [s.prompt for s in next(iter(answers.values()))]
-        chosen = {p.id for p in evaluate.balanced(measured, prompts)}
-        arms = {arm: [s for s in rows if s.prompt.id in chosen] for arm, rows in answers.items()}
-        return self.sheet_path, labels.sheet(arms, self.sheet_path)
-
     @property
-    def sheet_path(self) -> Path:
-        return self.run.path / "labels" / "sheet.jsonl"
+    def labels_path(self) -> Path:
+        return self.run.path / "labels"
+
+    def draw_labels(self, prompts: int) -> tuple[Path, int]:
+        """A sheet for blind labels of all arms' answers to so many held-out prompts; its path and its rows."""
+        answers = self.answers()
+        chosen = evaluate.balanced([s.prompt for s in answers[self.recipe.evaluate.arms[0]]], prompts)
+        return self.labels_path / labels.SHEET, labels.draw(answers, {p.id for p in chosen}, self.labels_path)
 
     def _report(self, folder: StageFolder) -> Manifest:
-        blind = labels.labelled(self._answers(), self.sheet_path, self.spec)
-        return report.run(self.recipe, self.run, self.spec, folder, list(STAGES), self.agreement(), blind)
+        blind = labels.read(self.answers(), self.labels_path, self.spec)
+        judges = self.judge_names()
+        return report.run(self.recipe, self.run, self.spec, folder, list(STAGES), judges, self.agreements(), blind)
 
 
 _BEFORE: dict[str, tuple[str, ...]] = {
@@ -292,8 +309,8 @@ def check(recipe: Recipe) -> list[str]:
             return None
 
     spec = attempt(lambda: specs.load(recipes.path_of(recipe.spec)))
-    attempt(lambda: prompts.load(recipes.path_of(recipe.prompts.train), spec, "train"))
-    attempt(lambda: prompts.load(recipes.path_of(recipe.prompts.heldout), spec, "heldout"))
+    for split, path in prompt_files(recipe).items():
+        attempt(partial(prompts.load, path, spec, split))
     if recipe.generate.teacher == "recorded":
         attempt(lambda: recorded.load(recipes.path_of(recipe.generate.recordings)))
     return problems

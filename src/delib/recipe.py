@@ -27,6 +27,8 @@ class Section(BaseModel):
 class PromptsSection(Section):
     train: str = "starter:prompts.jsonl"
     """JSON lines of training prompts."""
+    rl: str | None = None
+    """JSON lines of prompts for RL alone, which needs no completions of a teacher; null takes the training prompts."""
     heldout: str = "starter:heldout.jsonl"
     """JSON lines of evaluation prompts; none may be a training prompt."""
 
@@ -106,7 +108,7 @@ class RlSection(Section):
 
 
 class EvaluateSection(Section):
-    arms: list[Arm] = list(ARMS)
+    arms: list[Arm] = Field(default=list(ARMS), min_length=1)
     """Which models are measured; base_spec is base with the summarised spec in its system message."""
     max_tokens: int = Field(default=224, ge=16)
     """The most tokens of one completion, the same for all arms."""
@@ -151,7 +153,7 @@ class Recipe(Section):
 def shipped(name: Path) -> Path:
     """The recipe that a person named: a file, or a shipped one by its name (`quickstart`, `small`)."""
     inside = RECIPES / f"{name}.yaml"
-    return inside if not name.exists() and len(name.parts) == 1 and inside.exists() else name
+    return inside if not name.is_file() and len(name.parts) == 1 and inside.exists() else name
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -210,8 +212,9 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
     def find_model(name: str) -> str:
         return find(name) if name.startswith((".", "/")) else name
 
-    prompts = recipe.prompts.model_copy(
-        update={"train": find(recipe.prompts.train), "heldout": find(recipe.prompts.heldout)}
+    given = recipe.prompts
+    prompts = given.model_copy(
+        update={"train": find(given.train), "rl": given.rl and find(given.rl), "heldout": find(given.heldout)}
     )
     teacher = recipe.generate.teacher
     generate = recipe.generate.model_copy(

@@ -29,7 +29,8 @@ class Prompt(Record):
     """One conversation that waits for an answer. `category` and `behaviour` None: nobody has labelled it.
 
     `clause` is the clause that decides; a general clause (a principle) may decide a prompt of any category or of none.
-    `expected`: any of these strings stands in a right answer.
+    `expected`: any of these strings stands in a right answer. `group`: prompts made from one another (a prompt, its
+    translations, its encodings) share it, and intervals resample groups; None stands for itself.
     """
 
     id: str
@@ -38,8 +39,9 @@ class Prompt(Record):
     clause: str | None = None
     behaviour: Behaviour | None = None
     source: str = "unknown"
-    split: Literal["train", "heldout"] = "train"
+    split: Literal["train", "rl", "heldout"] = "train"
     expected: list[str] | None = None
+    group: str | None = None
 
 
 class Completion(Record):

@@ -80,7 +80,7 @@ def read_jsonl(path: Path, kind: type[R]) -> list[R]:
 
     records: list[R] = []
     problems: list[str] = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -150,7 +150,7 @@ class StageFolder:
         if len(whole) != len(data):
             with self.records_path.open("r+b") as handle:
                 handle.truncate(len(whole))
-        return [kind.model_validate_json(line) for line in whole.decode("utf-8").splitlines() if line]
+        return [kind.model_validate_json(line) for line in whole.decode("utf-8").split("\n") if line]
 
     def append(self, record: Record) -> None:
         try:

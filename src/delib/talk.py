@@ -84,7 +84,9 @@ def evaluate_file(model: str, prompts: Path, out: Path | None, limit: int | None
                     "answer": s.completion.answer if s.completion else None,
                     "finish": s.completion.finish if s.completion else None,
                     "verdict": s.verdicts[0].model_dump() if s.verdicts else None,
+                    "prompt": prompts_stage.content_id(s.prompt),
                     "source": s.prompt.source,
+                    "group": s.prompt.group or s.prompt.id,
                     "figures": values(s, spec),
                 }
                 for s in graded

@@ -1,8 +1,8 @@
 """Blind labels of a run's own answers: the figures that no judge has touched.
 
-`sheet` writes answers of all arms, shuffled, without arm and without anyone's verdict; whoever holds the guide
-(docs/labelling.md) fills in `label`. `verdicts` reads them back; a row's id is a hash of arm and prompt, so that no
-key needs to lie beside the sheet.
+`draw` writes a sheet of answers of all arms, shuffled, without arm and without anyone's verdict; whoever holds the
+guide (docs/labelling.md) fills in `label`. `read` puts the labels beside the judges' verdicts. A row's id is a hash of
+arm, prompt and answer, so that no key needs to lie beside the sheet.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,9 @@ from delib.run import read_jsonl, write_whole
 from delib.spec import Spec, digest
 
 JUDGE = "labels"
+SHEET, DRAWN = "sheet.jsonl", "drawn.txt"
+Answers = Mapping[str, list[Sample]]
+"""Arm → its samples."""
 
 
 class Labelled(Record):
@@ -30,59 +33,83 @@ def _ident(arm: str, sample: Sample) -> str:
     return digest(f"{arm}\n{sample.key}\n{sample.completion.answer if sample.completion else ''}")[:12]
 
 
-def sheet(arms: Mapping[str, list[Sample]], file: Path) -> int:
-    """Write the sheet; how many answers it holds. Broken answers, which fail by rule, are not in it.
+def draw(answers: Answers, prompt_ids: set[str], folder: Path) -> int:
+    """Write the sheet of all arms' answers to these prompts; how many answers it holds.
 
-    Raises UserError when labels stand in the file already: they are work that can't be made again.
+    Broken answers fail by rule and are not in it; `drawn.txt` names the prompts, so that they count all the same.
+    Raises UserError when labels stand in the file already (they are work that can't be made again), or when no answer
+    is whole.
     """
+    file = folder / SHEET
     if file.exists() and any(row.label for row in read_jsonl(file, Labelled)):
         raise UserError(f"{file}: holds labels; move it away before you draw another sheet")
     rows = [
         Labelled(id=_ident(arm, s), messages=s.prompt.messages, answer=s.completion.answer)
-        for arm, samples in arms.items()
+        for arm, samples in answers.items()
         for s in samples
-        if s.completion is not None and broken(s.completion) is None
+        if s.prompt.id in prompt_ids and s.completion is not None and broken(s.completion) is None
     ]
+    if not rows:
+        raise UserError(f"{folder.parent}: no arm has a whole answer to these prompts, so there is nothing to label")
     rows.sort(key=lambda row: row.id)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / DRAWN, "".join(f"{i}\n" for i in sorted(prompt_ids)))
     write_whole(file, "".join(row.model_dump_json() + "\n" for row in rows))
     return len(rows)
 
 
-def labelled(arms: Mapping[str, list[Sample]], file: Path, spec: Spec) -> dict[str, list[Sample]]:
-    """The samples that were drawn for the sheet, each with the label as its last verdict. Samples whose answer is
-    broken by rule need no label and are among them when their prompt was drawn for another arm. Empty where there is
-    no sheet, or one without any label. Raises UserError when some rows are labelled and others not."""
-    found = {row.id: row.label for row in read_jsonl(file, Labelled)} if file.exists() else {}
-    if not any(found.values()):
+def read(answers: Answers, folder: Path, spec: Spec) -> dict[str, list[Sample]]:
+    """The samples of the drawn prompts with their label as a further verdict; empty where nothing is labelled.
+
+    A row that was taken out of the sheet as unclear is ungraded. Raises UserError when some rows are labelled and
+    others not, and when rows are not of these answers.
+    """
+    file = folder / SHEET
+    rows = read_jsonl(file, Labelled) if file.exists() else []
+    if not any(row.label for row in rows):
         return {}
-    unlabelled = [ident for ident, label in found.items() if label is None]
+    labels = {row.id: row.label for row in rows}
+    known = {_ident(arm, s) for arm, samples in answers.items() for s in samples}
+    unlabelled = [row.id for row in rows if row.label is None]
+    strangers = [i for i in labels if i not in known]
+    problems = []
     if unlabelled:
-        raise UserError(f"{file}: {len(unlabelled)} rows have no label, first {unlabelled[0]}; label them all")
-    drawn = {s.prompt.id for arm, samples in arms.items() for s in samples if _ident(arm, s) in found}
+        problems.append(
+            f"{file}: {len(unlabelled)} rows have no label, first {unlabelled[0]}; label them, or take out the lines "
+            "that are unclear"
+        )
+    if len(labels) < len(rows):
+        problems.append(f"{file}: {len(rows) - len(labels)} ids stand in it twice; keep one line of each")
+    if strangers:
+        problems.append(
+            f"{file}: {len(strangers)} rows are not answers of this run, first {strangers[0]}; the arms were made anew "
+            "since, so move the file away and draw another sheet"
+        )
+    if problems:
+        raise UserError(problems)
+    drawn = set((folder / DRAWN).read_text(encoding="utf-8").split())
     return {
         arm: [
-            s.model_copy(update={"verdicts": [*s.verdicts, *_verdict(s, found.get(_ident(arm, s)), spec)]})
+            s.model_copy(update={"verdicts": [*s.verdicts, *_verdict(s, labels.get(_ident(arm, s)), spec)]})
             for s in samples
             if s.prompt.id in drawn
         ]
-        for arm, samples in arms.items()
+        for arm, samples in answers.items()
     }
 
 
 def _verdict(sample: Sample, label: Observed | None, spec: Spec) -> list[Verdict]:
     if label is None or sample.completion is None:
         return []
-    required = spec.required(sample.prompt.clause, sample.prompt.behaviour)
-    criteria = {"compliance": float(label == required)}
-    style = spec.style_for(sample.prompt.clause, required) if required else None
-    if style is not None:
-        words = len(sample.completion.answer.split())
-        fits = words >= (style.min_words or 0) and words <= (style.max_words or words)
-        criteria["style"] = float(fits and label == required)
-    told = f"labelled {label}"
-    sent = sample.completion.answer
-    score = min(criteria.values())
+    right = float(label == spec.required(sample.prompt.clause, sample.prompt.behaviour))
     return [
-        Verdict(score=score, behaviour=label, criteria=criteria, reason=told, view="answer", judge=JUDGE, sent=sent)
+        Verdict(
+            score=right,
+            behaviour=label,
+            criteria={"compliance": right},
+            reason=f"labelled {label}",
+            view="answer",
+            judge=JUDGE,
+            sent=sample.completion.answer,
+        )
     ]

@@ -26,7 +26,7 @@ def load(path: Path) -> list[LabelledAnswer]:
     """Labelled answers. Raises UserError listing every bad line."""
     rows: list[LabelledAnswer] = []
     problems: list[str] = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

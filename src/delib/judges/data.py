@@ -40,16 +40,16 @@ def fold_of(prompt_id: str) -> int:
 
 
 def load_answers(path: Path) -> list[LabelledAnswer]:
-    return [LabelledAnswer.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [LabelledAnswer.model_validate_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def load_elements(path: Path) -> list[LabelledElement]:
-    return [LabelledElement.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [LabelledElement.model_validate_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def demonstrations() -> list[tuple[Prompt, Recording]]:
     """The shipped recorded completions with their prompts; those without an answer are left out."""
-    rows = (STARTER / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = (STARTER / "prompts.jsonl").read_text(encoding="utf-8").split("\n")
     prompts = {p.id: p for p in (Prompt.model_validate_json(row) for row in rows if row)}
     found = [r for many in recorded.load(STARTER / "demonstrations.jsonl").values() for r in many]
     return [(prompts[r.prompt_id], r) for r in found if r.finish == "stop" and r.completion().answer]

@@ -1,26 +1,28 @@
 """The second judge: what an answer does, read off the hidden states of a language model.
 
-It is kept apart from the compact judge, which filters and rewards, in what it is fitted on and in what it sees. Fitted
-on `labelled.jsonl`, real completions to held-out prompts with blind labels, of which the compact judge saw none; its
-features are the states of the untrained SmolLM2 over an answer that stands in its conversation, with no counted words
-and no sentence vectors. Members are fitted on different folds of the prompts, and none grades a prompt that it was
-fitted on. It does not read the style's elements: a style counts as kept when the answer does what the style is for, in
-the style's length.
+It is kept apart from the compact judge, which filters and rewards, in what it is fitted on and in what it sees. It is
+fitted on `labelled.jsonl`, real completions to held-out prompts with blind labels, of which the compact judge saw none;
+its features are the states of the untrained SmolLM2 over an answer that stands in its conversation, with no counted
+words and no sentence vectors. Members are fitted on different folds of these prompts: none grades a prompt that it was
+fitted on, nor one that was made from it (`Prompt.group`). It reads no style.
 """
 
-import hashlib
+import tempfile
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from delib import chat
 from delib.judges.agreement import LABELS as FILE
-from delib.judges.data import FOLDS, fold_of, load_answers
+from delib.judges.data import FOLDS, LabelledAnswer, fold_of, load_answers
 from delib.judges.reading import broken, echo, looping
 from delib.models.weights import cache_dir, resolve
+from delib.progress import bar
 from delib.records import Completion, Message, Observed, Prompt, Verdict
-from delib.spec import Spec
+from delib.run import sha256
+from delib.spec import Spec, digest
 
 LABELS: tuple[Observed, ...] = get_args(Observed)
 LAYERS = 14
@@ -35,6 +37,11 @@ def _conversation(messages: list[Message]) -> str:
     return "\n".join(f"{m.role}: {m.content}" for m in messages)
 
 
+def _prompt_of(row: LabelledAnswer) -> str:
+    """The prompt's id: a row's own is that and the model's name."""
+    return row.id.split("/")[0]
+
+
 @lru_cache(maxsize=1)
 def _model() -> tuple[Any, Any]:
     import torch
@@ -47,15 +54,19 @@ def _model() -> tuple[Any, Any]:
     return AutoTokenizer.from_pretrained(folder), model
 
 
-def states(messages: list[Message], answer: str) -> np.ndarray:
+def read(messages: list[Message], answer: str) -> tuple[list[int], list[int]]:
+    """Token ids of the part of the conversation and of the answer that is read."""
+    tokenizer, _ = _model()
+    asked = tokenizer.encode(chat.render(tokenizer, messages), add_special_tokens=False)[-MAX_PROMPT:]
+    return asked, tokenizer.encode(answer or " ", add_special_tokens=False)[:MAX_ANSWER]
+
+
+def states(asked: list[int], said: list[int]) -> np.ndarray:
     """Shape (1728,): the mean state over the answer's tokens, its last state, and the mean over its opening."""
     import torch
 
-    tokenizer, model = _model()
-    asked = tokenizer.encode(chat.render(tokenizer, messages), add_special_tokens=False)[-MAX_PROMPT:]
-    said = tokenizer.encode(answer or " ", add_special_tokens=False)[:MAX_ANSWER]
     with torch.inference_mode():
-        found = model(input_ids=torch.tensor([asked + said])).last_hidden_state[0, len(asked) :]
+        found = _model()[1](input_ids=torch.tensor([asked + said])).last_hidden_state[0, len(asked) :]
     return torch.cat([found.mean(0), found[-1], found[:OPENING].mean(0)]).numpy()
 
 
@@ -63,17 +74,22 @@ def states(messages: list[Message], answer: str) -> np.ndarray:
 def _table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """States (n, 1728), labels (n,) and folds (n,) of the labelled rows; the states are kept in the cache."""
     rows = load_answers(FILE)
-    key = hashlib.sha256(f"{FILE.read_text(encoding='utf-8')}|{LAYERS}".encode()).hexdigest()[:16]
-    kept = cache_dir() / "vectors" / f"probe-{key}.npy"
+    made_of = [sha256(FILE), sha256(resolve("smollm2")), LAYERS, MAX_PROMPT, MAX_ANSWER, OPENING]
+    kept = cache_dir() / "vectors" / f"probe-{digest(str(made_of))[:16]}.npy"
     if kept.exists():
         features = np.load(kept, allow_pickle=False)
     else:
-        features = np.stack([states(r.messages, r.answer) for r in rows])
+        with bar("probe: read what it is fitted on", len(rows)) as ticker:
+            found = []
+            for row in rows:
+                found.append(states(*read(row.messages, row.answer)))
+                ticker.step()
+        features = np.stack(found)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        scratch = kept.with_suffix(".part.npy")
-        np.save(scratch, features, allow_pickle=False)
-        scratch.replace(kept)
-    folds = [fold_of(_conversation(r.messages)) for r in rows]
+        with tempfile.NamedTemporaryFile(dir=kept.parent, suffix=".part", delete=False) as scratch:
+            np.save(scratch, features, allow_pickle=False)
+        Path(scratch.name).replace(kept)
+    folds = [fold_of(_prompt_of(r)) for r in rows]
     return features, np.array([LABELS.index(r.label) for r in rows]), np.array(folds)
 
 
@@ -96,17 +112,23 @@ class ProbeJudge:
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
-        self._fitted_on = {_conversation(r.messages) for r in load_answers(FILE)}
+        rows = load_answers(FILE)
+        self._fitted_on = {_prompt_of(r) for r in rows}
+        self._known = {_conversation(r.messages): _prompt_of(r) for r in rows}
+        resolve("smollm2")
 
-    def observe(self, messages: list[Message], answer: str) -> tuple[Observed, dict[str, float]]:
-        """What an answer does, by the member that was not fitted on its conversation."""
+    def observe(
+        self, messages: list[Message], answer: str, prompt_id: str | None = None
+    ) -> tuple[Observed, dict[str, float]]:
+        """What an answer does, by the member that was not fitted on its prompt. `prompt_id`: that of the prompt it was
+        made from; without it the conversation itself is looked up."""
         if looping(answer) or echo(messages[-1].content, answer):
             # docs/labelling.md: the same words over and over, or a bare echo, is no answer.
             return "partial", {label: float(label == "partial") for label in LABELS}
-        asked = _conversation(messages)
-        member = _member(fold_of(asked) if asked in self._fitted_on else None)
+        owner = prompt_id if prompt_id in self._fitted_on else self._known.get(_conversation(messages))
+        member = _member(fold_of(owner) if owner is not None else None)
         found = np.zeros(len(LABELS))
-        found[member.classes_] = member.predict_proba(states(messages, answer)[None])[0]
+        found[member.classes_] = member.predict_proba(states(*read(messages, answer))[None])[0]
         return LABELS[int(found.argmax())], dict(zip(LABELS, found.tolist(), strict=True))
 
     def grade(
@@ -114,26 +136,27 @@ class ProbeJudge:
     ) -> list[Verdict]:
         """`runs` times the same verdict, on the answer alone. Ungraded when nothing says which behaviour it needs."""
         required = self.spec.required(prompt.clause, prompt.behaviour)
-        shown = f"{_conversation(prompt.messages)}\n\n{completion.answer}"
+        asked, said = read(prompt.messages, completion.answer)
         verdict = Verdict(
-            score=None, behaviour=None, criteria={}, reason="", view="answer", judge=self.name, sent=shown
+            score=None,
+            behaviour=None,
+            criteria={},
+            reason="",
+            view="answer",
+            judge=self.name,
+            sent=_model()[0].decode(asked + said),
         )
         if required is None:
             failure = "the probe needs the prompt's behaviour or clause; label the prompt"
             return [verdict.model_copy(update={"failure": failure})] * runs
-        observed, chances = self.observe(prompt.messages, completion.answer)
+        observed, chances = self.observe(prompt.messages, completion.answer, prompt.group or prompt.id)
         fault = broken(completion)
-        criteria = {"compliance": 0.0 if fault else round(chances[required], 4)}
-        style = self.spec.style_for(prompt.clause, required)
-        if style is not None:
-            words = len(completion.answer.split())
-            fits = words >= (style.min_words or 0) and words <= (style.max_words or words)
-            criteria["style"] = float(fits and observed == required and not fault)
+        score = 0.0 if fault else round(chances[required], 4)
         reason = f"{required} is required, the answer was seen to {observed.replace('_', ' ')}"
         told = {
-            "score": min(criteria.values()),
+            "score": score,
             "behaviour": observed,
-            "criteria": criteria,
+            "criteria": {"compliance": score},
             "reason": reason + (f"; broken: {fault}" if fault else ""),
         }
         return [verdict.model_copy(update=told)] * runs

@@ -26,6 +26,8 @@ class Model(Protocol):
 
 
 class Judge(Protocol):
+    name: str
+
     def grade(
         self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], runs: int
     ) -> list[Verdict]: ...
@@ -129,13 +131,12 @@ def run_arm(
     )
     graded = grade(answered, judges)
     place.replace(graded)
-    found = metrics(graded, spec, arm)
-    for other in range(1, len(judges)):
-        found += by_judge(graded, spec, arm, other)
-    return found
+    return metrics(graded, spec, arm) + [m for other in judges[1:] for m in by_judge(graded, spec, arm, other.name)]
 
 
-def close(found: list[Metric], samples: int, tokens: int) -> Manifest:
+def close(found: list[Metric], samples: int, tokens: int, judges: list[str]) -> Manifest:
     ungraded = sum(m.n_ungraded for m in found if m.by is None and m.name in ("not_unsafe", "not_overrefuse"))
     counts = {"in": samples, "out": samples, "ungraded": ungraded}
-    return Manifest(stage="evaluate", recipe="", inputs={}, outputs={}, counts=counts, tokens=tokens)
+    return Manifest(
+        stage="evaluate", recipe="", inputs={}, outputs={}, counts=counts, tokens=tokens, detail={"judges": judges}
+    )

@@ -1,7 +1,7 @@
 """Stage 1, prompts: load, check against the spec, remove duplicates, keep training and evaluation apart.
 
-In: two JSON-lines files and the spec. Out: Prompt records with their split. The spec is the authority: where a
-prompt's clause now demands another behaviour than its label says, the prompt is relabelled, and counted.
+In: JSON-lines files, one a split, and the spec. Out: Prompt records with their split. The spec is the authority: where
+a prompt's clause now demands another behaviour than its label says, the prompt is relabelled, and counted.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from delib.records import Manifest, Prompt
 from delib.run import StageFolder
 from delib.spec import Spec, digest, read_text
 
-Split = Literal["train", "heldout"]
+Split = Literal["train", "rl", "heldout"]
 
 
 def content_id(prompt: Prompt) -> str:
@@ -30,7 +30,7 @@ def load(path: Path, spec: Spec | None, split: Split) -> list[Prompt]:
     problems: list[str] = []
     prompts: list[Prompt] = []
     lines: dict[str, int] = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
@@ -94,13 +94,13 @@ def _faults(prompt: Prompt, spec: Spec | None) -> list[str]:
     return found
 
 
-def run(train: Path, heldout: Path, spec: Spec, folder: StageFolder) -> Manifest:
-    """Write the Prompt records of both splits."""
+def run(files: dict[Split, Path], spec: Spec, folder: StageFolder) -> Manifest:
+    """Write the Prompt records of all splits. `files`: those to train on first, those held out last."""
     problems: list[str] = []
     loaded: list[Prompt] = []
-    for path, split in ((train, "train"), (heldout, "heldout")):
+    for split, path in files.items():
         try:
-            loaded.extend(load(path, spec, split))  # type: ignore[arg-type]
+            loaded.extend(load(path, spec, split))
         except UserError as error:
             problems.extend(error.problems)
     if problems:
@@ -112,7 +112,8 @@ def run(train: Path, heldout: Path, spec: Spec, folder: StageFolder) -> Manifest
         content = content_id(prompt)
         first = seen.get(content)
         if first is not None and first.split != prompt.split:
-            problems.append(f"{heldout}: prompt {prompt.id!r} is the training prompt {first.id!r}; remove one of them")
+            here, there = files[prompt.split], files[first.split]
+            problems.append(f"{here}: prompt {prompt.id!r} is {first.id!r} of {there}; remove one of them")
             continue
         if first is not None:
             duplicates += 1
@@ -125,12 +126,11 @@ def run(train: Path, heldout: Path, spec: Spec, folder: StageFolder) -> Manifest
         kept.append(prompt)
     ids = [p.id for p in kept]
     problems.extend(
-        f"id {i!r} stands in both files; give each its own" for i in sorted({i for i in ids if ids.count(i) > 1})
+        f"id {i!r} stands in two files; give each its own" for i in sorted({i for i in ids if ids.count(i) > 1})
     )
     if problems:
         raise UserError(problems)
     folder.replace(kept)
     counts = {"in": len(loaded), "out": len(kept), "dropped": duplicates, "relabelled": relabelled}
-    counts["train"] = sum(p.split == "train" for p in kept)
-    counts["heldout"] = sum(p.split == "heldout" for p in kept)
+    counts |= {split: sum(p.split == split for p in kept) for split in files}
     return Manifest(stage="prompts", recipe="", inputs={}, outputs={}, counts=counts)

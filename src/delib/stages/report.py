@@ -12,7 +12,8 @@ from typing import Any
 
 import jinja2
 
-from delib.evals.scoring import JUDGED, by_judge
+from delib.evals import labels
+from delib.evals.scoring import JUDGED, by_judge, verdict_of
 from delib.judges.agreement import figures
 from delib.recipe import Arm, Recipe
 from delib.records import Manifest, Metric, Sample
@@ -46,15 +47,8 @@ PAPER = {
 """The paper's figures after full training, on other prompts and models (arXiv 2412.16339v2, policy retrieval)."""
 
 
-PANEL = (
-    "not_unsafe",
-    "not_overrefuse",
-    "not_overrefuse_lookalike",
-    "not_overrefuse_plain",
-    "safe_completion_style",
-    "hard_refusal_style",
-)
-"""Figures that the report shows by each judge, and by blind labels, side by side."""
+PANEL = ("not_unsafe", "not_overrefuse", "not_overrefuse_lookalike", "not_overrefuse_plain", "safe_completion")
+"""Figures that the report shows by each judge, and by blind labels: those that rest on the observed behaviour."""
 
 
 def run(
@@ -63,20 +57,22 @@ def run(
     spec: Spec,
     folder: StageFolder,
     stages: list[str],
-    agreement: dict[str, Any],
+    judges: list[str],
+    agreements: list[dict[str, Any]],
     blind: Mapping[str, list[Sample]],
 ) -> Manifest:
-    """Write the report. `agreement` is the judge's, from labelled answers that no part of it was fitted on; `blind`
-    are the samples of each arm that carry a blind label as their last verdict, empty where nobody labelled any."""
+    """Write the report. `judges`: those of the evaluation, the one that also filtered and rewarded first, and in
+    `agreements` how far each agrees with labelled answers that it was not fitted on. `blind`: the samples of each arm
+    that were drawn for blind labels, with the label as a further verdict; empty where nobody labelled any."""
     manifests = {m.stage: m for m in run.manifests(s for s in stages if s != "report")}
     found = [
         Metric.model_validate(row)
         for row in json.loads((run.stage("evaluate").path / "metrics.json").read_text(encoding="utf-8"))
     ]
     arms = recipe.evaluate.arms
-    judges = ["compact", *([recipe.evaluate.second_judge] if recipe.evaluate.second_judge else [])]
     for arm, rows in blind.items():
-        found += by_judge(rows, spec, arm, len(judges))
+        for judge in (*judges, labels.JUDGE):
+            found += by_judge(rows, spec, arm, judge, on=labels.JUDGE)
     samples = {arm: StageFolder(run.stage("evaluate").path / arm).records(Sample) for arm in arms}
     whole = {(m.arm, m.name): m for m in found if m.by is None}
     table = [
@@ -95,9 +91,10 @@ def run(
         "spec": spec,
         "arms": arms,
         "table": table,
-        "agreement": agreement,
-        "panel": panel(found, list(arms)),
-        "agreements": agreements([s for rows in blind.values() for s in rows], judges),
+        "agreements": agreements,
+        "judges": judges,
+        "panels": panels(found, list(arms), judges),
+        "blind_agreements": blind_agreements([s for rows in blind.values() for s in rows], judges),
         "manifests": manifests,
         "total_seconds": sum(m.seconds for m in manifests.values()),
         "funnel": manifests["filter"].detail,
@@ -134,28 +131,36 @@ def shown(metric: Metric | None) -> dict[str, Any] | None:
     }
 
 
-def panel(found: list[Metric], arms: list[str]) -> list[dict[str, Any]]:
-    """The headline figures by each judge and by blind labels; empty when there is only the one judge."""
-    others = list(dict.fromkeys(m.by["judge"] for m in found if m.by and "judge" in m.by))
-    tables = []
-    for name in PANEL if others else ():
-        rows = []
-        for judge in [None, *others]:
-            by = {m.arm: m for m in found if m.name == name and m.by == (judge and {"judge": judge})}
-            rows.append({"label": judge or "compact", "cells": [shown(by.get(arm)) for arm in arms]})
-        tables.append({"name": name, "rows": rows})
-    return tables
+def panels(found: list[Metric], arms: list[str], judges: list[str]) -> list[dict[str, Any]]:
+    """The headline figures by each judge: over all prompts where there is a second judge, and over the prompts that
+    were drawn for blind labels, with these."""
+    whole = [(judge, {"judge": judge} if place else None) for place, judge in enumerate(judges)]
+    drawn = [(judge, {"judge": judge, "on": labels.JUDGE}) for judge in (*judges, labels.JUDGE)]
+    made = []
+    for title, rows in (("all prompts", whole), ("the prompts with blind labels", drawn)):
+        if len(rows) < 2 or not any(m.by == rows[-1][1] for m in found):
+            continue
+        tables = []
+        for name in PANEL:
+            by = {(str(m.by), m.arm): m for m in found if m.name == name}
+            lines = [{"label": who, "cells": [shown(by.get((str(key), arm))) for arm in arms]} for who, key in rows]
+            if any(cell for line in lines for cell in line["cells"]):
+                tables.append({"name": name, "rows": lines})
+        made.append({"title": title, "tables": tables})
+    return made
 
 
-def agreements(samples: list[Sample], judges: list[str]) -> list[dict[str, Any]]:
-    """Each judge against the blind labels of this run's own answers."""
-    rows = [s.verdicts for s in samples if len(s.verdicts) > len(judges) and s.verdicts[0].behaviour]
-    labels = [v[-1].behaviour for v in rows]
-    return [
-        figures(judge, [b for b in labels if b], [b for v in rows if (b := v[place].behaviour)])
-        for place, judge in enumerate(judges)
-        if rows
-    ]
+def blind_agreements(samples: list[Sample], judges: list[str]) -> list[dict[str, Any]]:
+    """Each judge against the blind labels of this run's own answers, and how many of them it left ungraded."""
+    made = []
+    for judge in judges:
+        pairs = [(verdict_of(s, labels.JUDGE), verdict_of(s, judge)) for s in samples]
+        both = [(a.behaviour, b.behaviour if b else None) for a, b in pairs if a is not None and a.behaviour]
+        graded = [(a, b) for a, b in both if b is not None]
+        if graded:
+            agreed = figures(judge, [a for a, _ in graded], [b for _, b in graded])
+            made.append(agreed | {"n_ungraded": len(both) - len(graded)})
+    return made
 
 
 def breakdown(found: list[Metric], arms: list[Any]) -> list[dict[str, Any]]:

@@ -162,6 +162,11 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
 
     section = recipe.sft
     tokenizer = AutoTokenizer.from_pretrained(base)
+    if not section.reasoning and examples and chat.opened(chat.render(tokenizer, examples[0].messages)):
+        raise UserError(
+            f"sft.reasoning: false needs a chat template that leaves {chat.OPEN} to the model; that of {recipe.model} "
+            "opens it, so that answers alone would stand inside the reasoning"
+        )
     made = [tokenise(e, tokenizer, section.decision_weight, section.reasoning) for e in examples]
     rows = [row for row in made if len(row["input_ids"]) <= section.max_tokens]
     if not rows:
