@@ -99,6 +99,9 @@ class RlSection(Section):
     """Sampling temperature of the completions."""
     learning_rate: float = Field(default=2e-6, gt=0)
     """Constant learning rate."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Whether advantages are divided by the spread of the group's or batch's rewards. With `none` a group whose rewards
+    hardly differ hardly counts, so that the noise of a judge with continuous scores is not blown up."""
     beta: float = Field(default=0.0, ge=0)
     """Weight of the KL penalty against the SFT model."""
     frozen_layers: int = Field(default=0, ge=0)

@@ -113,6 +113,7 @@ def run(recipe: Recipe, prompts: list[Prompt], judge: Judge, spec: Spec, start: 
         learning_rate=section.learning_rate,
         lr_scheduler_type="constant",
         beta=section.beta,
+        scale_rewards=section.scale_rewards,
         shuffle_dataset=False,
         seed=recipe.seed,
         use_cpu=recipe.device == "cpu",
