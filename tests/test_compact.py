@@ -126,11 +126,12 @@ def probe(monkeypatch, tmp_path):
     file.write_text("".join(r.model_dump_json() + "\n" for r in few.values()), encoding="utf-8")
     monkeypatch.setattr(probe, "FILE", file)
     monkeypatch.setattr(probe, "cache_dir", lambda: tmp_path)
-    probe._table.cache_clear()
-    probe._member.cache_clear()
+    table, member = probe._table, probe._member
+    table.cache_clear()
+    member.cache_clear()
     yield probe
-    probe._table.cache_clear()
-    probe._member.cache_clear()
+    table.cache_clear()
+    member.cache_clear()
 
 
 def test_the_probe_is_fitted_on_other_prompts_than_the_compact_judge():

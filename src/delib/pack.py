@@ -20,8 +20,8 @@ SHARED_WORDS = 8
 """A run of this many words in a prompt of either file is a copy. Field practice for decontamination is 8 to 13."""
 COSINE = 0.6
 """TF-IDF cosine at which two prompts count as one in other words; a choice."""
-WORD = r"\w+|[^\w\s]"
-"""What counts as a word: also single letters and signs, so that no prompt is without any."""
+WORD = r"\w+"
+"""What counts as a word: single letters and digits too, so that prompts of nothing else have some."""
 FORM = 0.85
 """Balanced accuracy of a bag of words at which form gives the behaviour away; a choice."""
 

@@ -61,8 +61,6 @@ class DistillSection(Section):
 
 
 class SftSection(Section):
-    reasoning: bool = True
-    """False trains on the same answers without their reasoning: the control that tells what deliberation gives."""
     epochs: int = Field(default=2, ge=1)
     """Passes over whole examples."""
     whole_examples: int | None = Field(default=None, ge=1)
@@ -82,6 +80,8 @@ class SftSection(Section):
     decision_weight: float = Field(default=1.0, ge=1)
     """Loss weight of the tokens that decide: a reasoning's opening, clause and conclusion, and the answer's opening.
     The first word of a reasoning weighs the square of this."""
+    reasoning: bool = True
+    """False trains on the same answers without their reasoning: the control that tells what deliberation gives."""
     checkpoint_steps: int = Field(default=10, ge=1)
     """A checkpoint to resume from is written every so many steps."""
 
