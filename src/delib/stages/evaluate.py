@@ -14,7 +14,7 @@ from delib.evals.scoring import by_judge, metrics
 from delib.progress import bar
 from delib.records import Completion, Manifest, Message, Metric, Prompt, Sample, Verdict
 from delib.run import StageFolder
-from delib.spec import Spec
+from delib.spec import Spec, digest
 
 MAX_FAILURE_RATE = 0.1
 
@@ -36,13 +36,16 @@ class Judge(Protocol):
 def balanced(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
     """At most `limit` prompts, each pile (source, category, with or without an expected answer) cut in proportion.
 
-    The file's order is kept.
+    Which of a pile stay is drawn by the hash of their ids, so that no end of the file is preferred. The file's order is
+    kept.
     """
     if limit is None or limit >= len(prompts):
         return prompts
     piles: dict[tuple[str, str, bool], list[Prompt]] = {}
     for prompt in prompts:
         piles.setdefault((prompt.source, str(prompt.category), prompt.expected is not None), []).append(prompt)
+    for pile in piles.values():
+        pile.sort(key=lambda p: digest(p.id))
     ranked = [((place + 0.5) / len(pile), p.id) for pile in piles.values() for place, p in enumerate(pile)]
     taken = {prompt_id for _, prompt_id in sorted(ranked, key=lambda pair: pair[0])[:limit]}
     return [p for p in prompts if p.id in taken]
