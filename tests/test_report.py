@@ -9,6 +9,7 @@ from delib import chat, spec
 from delib.errors import UserError
 from delib.evals import labels
 from delib.evals.scoring import metrics
+from delib.pipeline import Pipeline
 from delib.recipe import Recipe
 from delib.records import Manifest, Message, Prompt, Sample, Verdict
 from delib.run import Run
@@ -144,3 +145,16 @@ def test_a_control_says_that_it_is_one(tmp_path):
     report.run(Recipe(sft={"reasoning": False}), run, POLICY, run.stage("report"), STAGES, ["compact"], [], {})
     for name in ("report.html", "report.md"):
         assert "is a control" in (tmp_path / "report" / name).read_text(encoding="utf-8")
+
+
+def test_a_second_judge_changes_no_answer(tmp_path, monkeypatch):
+    """With another judge the answers of a finished evaluate stand (the same key), and only the grading is done again."""
+    run = make_run(tmp_path)
+    monkeypatch.setattr(Pipeline, "inputs", lambda self, stage: {})
+    one, two = (Pipeline(Recipe(evaluate={"second_judge": judge}), run) for judge in (None, "probe"))
+    assert one.key("evaluate") == two.key("evaluate")
+    other = Pipeline(Recipe(evaluate={"max_tokens": 64}), run)
+    assert other.key("evaluate") != one.key("evaluate")
+    manifest = run.stage("evaluate").manifest().model_copy(update={"detail": {"judges": ["compact"]}})
+    (run.stage("evaluate").path / "manifest.json").write_text(manifest.model_dump_json())
+    assert one._graded("evaluate") and not two._graded("evaluate") and two._graded("sft")

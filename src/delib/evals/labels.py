@@ -85,6 +85,8 @@ def read(answers: Answers, folder: Path, spec: Spec) -> dict[str, list[Sample]]:
             f"{file}: {len(strangers)} rows are not answers of this run, first {strangers[0]}; the arms were made anew "
             "since, so move the file away and draw another sheet"
         )
+    if not (folder / DRAWN).exists():
+        problems.append(f"{folder / DRAWN}: is not there, so that nothing tells which prompts were drawn; restore it")
     if problems:
         raise UserError(problems)
     drawn = set((folder / DRAWN).read_text(encoding="utf-8").split())
