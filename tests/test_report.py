@@ -148,7 +148,7 @@ def test_a_control_says_that_it_is_one(tmp_path):
 
 
 def test_a_second_judge_changes_no_answer(tmp_path, monkeypatch):
-    """With another judge the answers of a finished evaluate stand (the same key), and only the grading is done again."""
+    """With another judge the answers of a finished evaluate stand (the same key); only the grading is done again."""
     run = make_run(tmp_path)
     monkeypatch.setattr(Pipeline, "inputs", lambda self, stage: {})
     one, two = (Pipeline(Recipe(evaluate={"second_judge": judge}), run) for judge in (None, "probe"))

@@ -6,7 +6,8 @@ Two fitted parts, and rules over the spec that it is given:
 - whether an answer shows an element of a style: logistic regression over similarities between the answer's sentences
   and the element's own description and examples, so that any style of any spec can be checked.
 No category, clause or style of the starter stands here. Three members are fitted on different folds, and none on a
-prompt that it grades, because one deterministic judge run three times would tell nothing.
+prompt that it grades, because one deterministic judge run three times would tell nothing. (The words that are counted
+are chosen over all texts, without labels.)
 """
 
 import itertools
