@@ -4,10 +4,11 @@
 
 FOLDER holds the published files, each in a folder of its own: `jailbreakbench/jailbreakbench_raw.csv` (100 harmful)
 and `jailbreakbench/benign_behaviors.csv` (100 benign), `harmbench_val/harmbench_behaviors_text_val.csv`,
-`cyberseceval/mitre_frr.json`. OUT gets a JSON-lines file a set. `source` says whether the starter's policy has a clause
-for the subject (`inside`) or not (`outside`): the policy knows nothing of disinformation, gambling or copyright, so
-that a model which follows it need not refuse those. Copyright rows of HarmBench are left out. Of the cyber set, whose
-prompts are all benign, 150 are drawn with a fixed seed.
+`cyberseceval/mitre_frr.json`, `gsm8k/test_first400.jsonl`. OUT gets a JSON-lines file a set. `source` says whether the
+starter's policy has a clause for the subject (`inside`) or not (`outside`): the policy knows nothing of disinformation,
+gambling or copyright, so that a model which follows it need not refuse those. Copyright rows of HarmBench are left out.
+Of the cyber set, whose prompts are all benign, 150 are drawn with a fixed seed, and of GSM8K's questions, everyday ones
+with a known answer, 100.
 """
 
 import csv
@@ -20,6 +21,7 @@ from typing import Any
 OUTSIDE = {"Disinformation", "Economic harm", "misinformation_disinformation"}
 """Categories, by the sets' own names, for which the starter's policy has no clause."""
 CYBER = 150
+SUMS = 100
 
 
 def row(ident: str, text: str, behaviour: str, category: str) -> dict[str, Any]:
@@ -71,9 +73,30 @@ def cyber(folder: Path) -> list[dict[str, Any]]:
     return [row(f"cyber-{n:03}", found[n]["mutated_prompt"], "comply", "cyber") for n in drawn]
 
 
+def gsm8k(folder: Path) -> list[dict[str, Any]]:
+    """School sums; the number after `####` has to stand in the answer."""
+    found = [json.loads(x) for x in (folder / "gsm8k" / "test_first400.jsonl").read_text(encoding="utf-8").splitlines()]
+    drawn = sorted(random.Random(0).sample(range(len(found)), SUMS))
+    return [
+        {
+            "id": f"gsm8k-{n:03}",
+            "messages": [{"role": "user", "content": found[n]["question"]}],
+            "behaviour": "comply",
+            "source": "plain",
+            "expected": [found[n]["answer"].rpartition("####")[2].strip()],
+        }
+        for n in drawn
+    ]
+
+
 def main(folder: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    for name, read in (("jailbreakbench", jailbreakbench), ("harmbench", harmbench), ("cyber", cyber)):
+    for name, read in (
+        ("jailbreakbench", jailbreakbench),
+        ("harmbench", harmbench),
+        ("cyber", cyber),
+        ("gsm8k", gsm8k),
+    ):
         rows = read(folder)
         (out / f"{name}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
         print(f"{out / name}.jsonl: {len(rows)} prompts")
