@@ -151,6 +151,10 @@ def test_no_member_of_the_probe_saw_the_prompt_that_it_grades(probe, monkeypatch
     judge, member, asked = probe.ProbeJudge(POLICY), probe._member, []
     monkeypatch.setattr(probe, "_member", lambda left_out: asked.append(left_out) or member(left_out))
     said, chances = judge.observe(rows[0].messages, rows[0].answer)
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, "states", None)
+        assert judge.observe(rows[0].messages, rows[0].answer) == (said, chances)  # what it is fitted on was read
+        asked.pop()
     own = fold_of(probe._prompt_of(rows[0]))
     assert said in chances and sum(chances.values()) == pytest.approx(1.0)
     _, _, folds = probe._table()

@@ -115,6 +115,7 @@ class ProbeJudge:
         rows = load_answers(FILE)
         self._fitted_on = {_prompt_of(r) for r in rows}
         self._known = {_conversation(r.messages): _prompt_of(r) for r in rows}
+        self._row = {(_conversation(r.messages), r.answer): n for n, r in enumerate(rows)}
         resolve("smollm2")
 
     def observe(
@@ -125,10 +126,13 @@ class ProbeJudge:
         if looping(answer) or echo(messages[-1].content, answer):
             # docs/labelling.md: the same words over and over, or a bare echo, is no answer.
             return "partial", {label: float(label == "partial") for label in LABELS}
-        owner = prompt_id if prompt_id in self._fitted_on else self._known.get(_conversation(messages))
+        asked = _conversation(messages)
+        owner = prompt_id if prompt_id in self._fitted_on else self._known.get(asked)
         member = _member(fold_of(owner) if owner is not None else None)
+        row = self._row.get((asked, answer))
+        seen = _table()[0][row] if row is not None else states(*read(messages, answer))
         found = np.zeros(len(LABELS))
-        found[member.classes_] = member.predict_proba(states(*read(messages, answer))[None])[0]
+        found[member.classes_] = member.predict_proba(seen[None])[0]
         return LABELS[int(found.argmax())], dict(zip(LABELS, found.tolist(), strict=True))
 
     def grade(
