@@ -10,7 +10,7 @@ FLOORS = [
     {"models", "judges", "evals"},
     {"stages"},
     {"pipeline", "life", "pack"},
-    {"talk", "compare"},
+    {"talk", "compare", "export"},
     {"cli"},
 ]
 HEAVY = {"torch", "transformers", "trl", "datasets", "sklearn", "scipy", "xllamacpp", "gguf", "matplotlib", "aiohttp"}

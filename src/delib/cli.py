@@ -155,6 +155,18 @@ def label(
     )
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder whose distill stage is finished.")],
+    to: Annotated[str, typer.Option("--to", help="A new folder, or hub:OWNER/NAME.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="On the hub for all to see; private when left out.")] = False,
+) -> None:
+    """Write a run's training examples as a data set that TRL takes, with its data card."""
+    from delib import export as exporting
+
+    typer.echo(exporting.export(run, to, public))
+
+
 @app.command("judge-check")
 def judge_check(
     data: Annotated[Path, typer.Option("--data", help="JSON lines of labelled answers.")],

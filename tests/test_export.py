@@ -1,0 +1,91 @@
+"""The data set that `delib export` writes: what TRL and `datasets` read back, and what the card says of it."""
+
+import pytest
+
+from delib import chat, export, pipeline, recipe, spec
+from delib.errors import UserError
+from delib.judges.compact import CompactJudge
+from delib.records import Verdict
+
+
+@pytest.fixture
+def run(recipe_file, tmp_path, monkeypatch):
+    """A run to distill, its judge without a model: all is well with every completion."""
+
+    def grade(self, prompt, completion, view, runs):
+        made = Verdict(
+            score=1.0, behaviour="comply", criteria={}, reason="", view=view, judge="compact-0", sent=completion.text
+        )
+        return [made] * runs
+
+    monkeypatch.setattr(CompactJudge, "grade", grade)
+    agreed = {"judge": "compact", "n": 585, "balanced_accuracy": 0.918, "kappa": 0.84}
+    monkeypatch.setattr(pipeline.Pipeline, "agreements", lambda self: [agreed])
+    folder = tmp_path / "run"
+    pipeline.run_to(pipeline.start_run(recipe.load(recipe_file), folder), "distill")
+    return folder
+
+
+def test_the_data_set_is_what_was_trained_on(run, tmp_path):
+    from datasets import load_dataset
+
+    said = export.export(run, str(tmp_path / "out"))
+    found = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    policy = spec.load(run.parent / "spec.md")
+    assert said.endswith(f"{len(found)} examples") and len(found) >= 5
+    row = next(r for r in found if r["prompt_id"] == "pick")
+    assert row["prompt"] == [{"role": "user", "content": "Which share will double by May?"}]
+    [answer] = row["completion"]
+    reasoning, text, _ = chat.split(answer["content"])
+    assert answer["role"] == "assistant" and "K1" in reasoning and text.startswith("I'm sorry")
+    assert (row["category"], row["clause"], row["behaviour"]) == ("investment", "K1", "refuse")
+    assert not any(policy.principles[:60] in m["content"] for r in found for m in r["prompt"])
+
+
+def test_the_card_tells_where_it_comes_from(run, tmp_path):
+    export.export(run, str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlicense: other\n")
+    assert "balanced accuracy 0.92, kappa 0.84" in card and "on 585 answers" in card
+    assert "- dropped, malformed: 1" in card
+    assert "| investment | refuse | 1 |" in card
+    assert "state here under which terms" in card
+
+
+def test_a_folder_that_holds_something_is_left_alone(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="name a new folder"):
+        export.export(run, str(tmp_path / "out"))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".out-")]
+
+
+@pytest.mark.parametrize(("public", "private"), [(False, True), (True, False)])
+def test_the_hub_gets_it_private_unless_asked(run, monkeypatch, public, private):
+    import huggingface_hub
+
+    calls = []
+
+    class Api:
+        def create_repo(self, name, **given):
+            calls.append((name, given["private"], given["repo_type"]))
+
+        def upload_folder(self, folder_path, **given):
+            calls.append(sorted(p.name for p in folder_path.iterdir()))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    said = export.export(run, "hub:me/policy", public)
+    assert calls == [("me/policy", private, "dataset"), ["README.md", "data"]]
+    assert said == f"hub:me/policy: {'private' if private else 'public'}"
+
+
+def test_a_hub_that_refuses_is_one_clear_error(run, monkeypatch):
+    import huggingface_hub
+
+    def refuse(self, name, **given):
+        raise huggingface_hub.errors.HFValidationError("Repo id must be in the form 'repo_name'")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    with pytest.raises(UserError, match="hub:OWNER/NAME"):
+        export.export(run, "hub:not//a name")
