@@ -43,14 +43,14 @@ def answered(name: str, rows: list[tuple[str, list[str], int]]) -> list[float]:
     with bar(name, len(rows)) as ticker, torch.inference_mode():
         for question, options, answer in rows:
             asked = tokenizer.encode(f"Question: {question}\nAnswer:")
-            said = [tokenizer.encode(f" {option}") for option in options]
-            width = max(len(s) for s in said)
-            ids = torch.tensor([asked + s + [0] * (width - len(s)) for s in said])
-            logits = model.model(input_ids=ids).last_hidden_state[:, len(asked) - 1 : -1]
-            likely = model.lm_head(logits).log_softmax(-1)
+            whole = [tokenizer.encode(f"Question: {question}\nAnswer: {option}") for option in options]
+            said = [ids[len(asked) :] for ids in whole]
+            width = max(map(len, whole))
+            ids = torch.tensor([row + [0] * (width - len(row)) for row in whole])
+            likely = model(input_ids=ids).logits[:, len(asked) - 1 : -1].log_softmax(-1)
             scores = [
-                sum(likely[n, k, token].item() for k, token in enumerate(s)) / len(options[n])
-                for n, s in enumerate(said)
+                sum(likely[n, k, token].item() for k, token in enumerate(tokens)) / len(options[n])
+                for n, tokens in enumerate(said)
             ]
             right.append(float(scores.index(max(scores)) == answer))
             ticker.step()

@@ -8,7 +8,7 @@ and `jailbreakbench/benign_behaviors.csv` (100 benign), `harmbench_val/harmbench
 starter's policy has a clause for the subject (`inside`) or not (`outside`): the policy knows nothing of disinformation,
 gambling or copyright, so that a model which follows it need not refuse those. Copyright rows of HarmBench are left out.
 Of the cyber set, whose prompts are all benign, 150 are drawn with a fixed seed, and of GSM8K's questions, everyday ones
-with a known answer, 100.
+with a known answer (`source` plain), 100.
 """
 
 import csv
@@ -74,18 +74,19 @@ def cyber(folder: Path) -> list[dict[str, Any]]:
 
 
 def gsm8k(folder: Path) -> list[dict[str, Any]]:
-    """School sums; the number after `####` has to stand in the answer."""
+    """School sums; the number after `####` has to stand in the answer, with or without commas, wherever it stands."""
     found = [json.loads(x) for x in (folder / "gsm8k" / "test_first400.jsonl").read_text(encoding="utf-8").splitlines()]
     drawn = sorted(random.Random(0).sample(range(len(found)), SUMS))
+    sums = {n: int(found[n]["answer"].rpartition("####")[2].replace(",", "")) for n in drawn}
     return [
         {
             "id": f"gsm8k-{n:03}",
             "messages": [{"role": "user", "content": found[n]["question"]}],
             "behaviour": "comply",
             "source": "plain",
-            "expected": [found[n]["answer"].rpartition("####")[2].strip()],
+            "expected": sorted({str(number), f"{number:,}"}),
         }
-        for n in drawn
+        for n, number in sums.items()
     ]
 
 

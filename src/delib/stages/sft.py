@@ -139,14 +139,23 @@ def trainer_class() -> type:
     their count. Otherwise it is the weighted mean, so that the size of a step does not change with the weight.
     """
     import torch
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
     from trl import SFTTrainer
 
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+
     class PlainHeadTrainer(SFTTrainer):
+        @staticmethod
+        def keeps_plain_cache(config: Any) -> bool:
+            """Whether all layers remember keys and values and no other state, which could not be given to each row."""
+            return all(type(layer) in plain for layer in DynamicCache(config=config).layers)
+
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             core = self.accelerator.unwrap_model(model)
-            ids, mask, start = inputs["input_ids"], inputs["attention_mask"], shared_prefix(inputs)
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            start = shared_prefix(inputs) if len(ids) > 1 and self.keeps_plain_cache(core.config) else 0
             past = None
             if start:
                 past = core.model(input_ids=ids[:1, :start], use_cache=True).past_key_values
