@@ -306,7 +306,7 @@ def reward(tokenizer, tmp_path, judge, texts, sent="<|im_start|>assistant\n"):
 
     prompt = Prompt(id="p", messages=[Message(role="user", content="Q")], clause="K1", category="investment")
     folder = StageFolder(tmp_path)
-    function = rl.reward_function({"p": prompt}, judge, POLICY, tokenizer, folder)
+    function = rl.reward_function({"p": prompt}, judge, POLICY, tokenizer, {tokenizer.eos_token_id}, folder)
     ids = [tokenizer.encode(t, add_special_tokens=False) for t in texts]
     found = function(
         prompts=[sent] * len(texts),
@@ -413,3 +413,42 @@ def test_rl_that_was_killed_after_its_last_step_makes_no_other(tiny_model, tmp_p
     assert made.counts["out"] == 8
     assert (tmp_path / "records.jsonl").read_bytes() == records
     assert len(judge.shown) == shown
+
+
+@pytest.mark.parametrize(("ending", "moved"), [(False, False), (True, True)])
+def test_what_was_cut_off_moves_no_weight(tiny_model, tmp_path, monkeypatch, ending, moved):
+    """Rewards differ within each group; the weights move only where completions ended by themselves."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(
+        rl, "reward_function", lambda *_: lambda prompts, completions, **__: [float(n % 2) for n in range(len(prompts))]
+    )
+    prompts = [
+        Prompt(id=name, messages=[Message(role="user", content=text)], category=about, clause=clause, behaviour=kind)
+        for name, text, about, clause, kind in ROWS
+    ]
+    start = tmp_path / "start"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    # Where nothing may end a completion all are cut off; where every token ends it none is.
+    model.generation_config.eos_token_id = list(range(model.config.vocab_size)) if ending else [1]
+    model.generation_config.suppress_tokens = None if ending else [1]
+    model.save_pretrained(start)
+    for file in tiny_model.glob("*token*"):
+        (start / file.name).write_bytes(file.read_bytes())
+    for file in tiny_model.glob("chat_template*"):
+        (start / file.name).write_bytes(file.read_bytes())
+    given = recipe.Recipe(rl=RlSection(steps=1, prompts=2, group=2, max_tokens=16, learning_rate=1e-2))
+    rl.run(given, prompts, WatchingJudge(), POLICY, start, StageFolder(tmp_path))
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").state_dict()
+    same = all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
+    assert same is not moved
+
+
+def test_only_plain_caches_are_shared():
+    """A layer that remembers more than keys and values would have to give that to each row too."""
+    from transformers import Lfm2Config, LlamaConfig
+
+    keeps = sft.trainer_class().keeps_plain_cache
+    assert keeps(LlamaConfig(num_hidden_layers=2))
+    assert not keeps(Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]))

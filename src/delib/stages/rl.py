@@ -46,12 +46,13 @@ def mixed(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
 
 
 def reward_function(
-    prompts: dict[str, Prompt], judge: Judge, spec: Spec, tokenizer: Any, folder: StageFolder
+    prompts: dict[str, Prompt], judge: Judge, spec: Spec, tokenizer: Any, ends: set[int], folder: StageFolder
 ) -> Callable[..., list[float | None]]:
     """The one reward: minimum of the judge's verdict on the ANSWER; None (no reward) when the judge failed.
 
     Reasoning and answer are parted from the completion's own tokens, decoded with special tokens and with what the
-    template opened, so that no tag can vanish and let the judge read the reasoning.
+    template opened, so that no tag can vanish and let the judge read the reasoning. A completion that ends on none of
+    the tokens `ends` was cut off.
     """
 
     def judged_answer(
@@ -59,7 +60,7 @@ def reward_function(
     ) -> list[float | None]:
         rewards: list[float | None] = []
         for place, (sent, ids, ident) in enumerate(zip(prompts_sent, completion_ids, prompt_id, strict=True)):
-            ended = bool(ids) and ids[-1] == tokenizer.eos_token_id
+            ended = bool(ids) and ids[-1] in ends
             text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
             made = chat.completion(text, sent=sent, model="student", cut=not ended, usage={"completion": len(ids)})
             prompt = prompts[ident]
@@ -130,12 +131,14 @@ def run(recipe: Recipe, prompts: list[Prompt], judge: Judge, spec: Spec, start: 
         dataloader_pin_memory=recipe.device != "cpu",
     )
     by_id = {p.id: p for p in prompts}
+    declared = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *([declared] if isinstance(declared, int) else declared or [])}
     trainer = GRPOTrainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        reward_funcs=reward_function(by_id, judge, spec, tokenizer, folder),
+        reward_funcs=reward_function(by_id, judge, spec, tokenizer, ends, folder),
     )
     last = weights.last_checkpoint(scratch)
     graded_steps = int(last.name.rsplit("-", 1)[1]) if last else 0
