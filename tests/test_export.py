@@ -20,7 +20,7 @@ def run(recipe_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(CompactJudge, "grade", grade)
     agreed = {"judge": "compact", "n": 585, "balanced_accuracy": 0.918, "kappa": 0.84}
-    monkeypatch.setattr(pipeline.Pipeline, "agreements", lambda self: [agreed])
+    monkeypatch.setattr(export.agreement, "measure", lambda judge, rows: agreed)
     folder = tmp_path / "run"
     pipeline.run_to(pipeline.start_run(recipe.load(recipe_file), folder), "distill")
     return folder
@@ -46,19 +46,42 @@ def test_the_card_tells_where_it_comes_from(run, tmp_path):
     export.export(run, str(tmp_path / "out"))
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlicense: other\n")
-    assert "balanced accuracy 0.92, kappa 0.84" in card and "on 585 answers" in card
+    assert "balanced accuracy 0.92 and kappa 0.84" in card and "On 585 answers" in card
     assert "- dropped, malformed: 1" in card
     assert "| investment | refuse | 1 |" in card
     assert "state here under which terms" in card
 
 
-def test_a_folder_that_holds_something_is_left_alone(run, tmp_path):
+def test_what_others_named_is_no_markup_in_the_card(run, tmp_path):
+    policy = run.parent / "spec.md"
+    text = policy.read_text(encoding="utf-8")
+    title = "# ![x](http://x.test) <script> [y](javascript:z)"
+    policy.write_text(text.replace(text.splitlines()[0], title, 1), encoding="utf-8")
+    pipeline.run_to(pipeline.open_run(run), "distill")
+    export.export(run, str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "<script>" not in card and "![" not in card and " [y" not in card and "javascript:z" in card
+
+
+def test_a_folder_that_is_there_is_left_alone(run, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="name a new folder"):
         export.export(run, str(tmp_path / "out"))
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".out-")]
+    with pytest.raises(UserError, match="stands in the way"):
+        export.export(run, str(tmp_path / "file" / "out"))
+    with pytest.raises(UserError, match="--public is for the hub"):
+        export.export(run, str(tmp_path / "new"), public=True)
+    assert not list((tmp_path / "out").iterdir()) and not (tmp_path / "new").exists()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".delib-export-")]
+
+
+def test_a_policy_that_changed_since_is_not_named_in_the_card(run, tmp_path):
+    policy = run.parent / "spec.md"
+    policy.write_text(policy.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="changed since"):
+        export.export(run, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("public", "private"), [(False, True), (True, False)])
@@ -81,11 +104,22 @@ def test_the_hub_gets_it_private_unless_asked(run, monkeypatch, public, private)
 
 
 def test_a_hub_that_refuses_is_one_clear_error(run, monkeypatch):
+    import httpx2
     import huggingface_hub
 
-    def refuse(self, name, **given):
-        raise huggingface_hub.errors.HFValidationError("Repo id must be in the form 'repo_name'")
+    def unreachable(self, name, **given):
+        raise httpx2.ConnectError("no route to host")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
-    with pytest.raises(UserError, match="hub:OWNER/NAME"):
-        export.export(run, "hub:not//a name")
+    def full(self, **given):
+        raise OSError("quota")
+
+    for name in ("no-owner", "not//a name"):
+        with pytest.raises(UserError, match="write hub:OWNER/NAME"):
+            export.export(run, f"hub:{name}")
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", unreachable)
+    with pytest.raises(UserError, match=r"no route to host.*check the network"):
+        export.export(run, "hub:me/policy")
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, name, **given: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", full)
+    with pytest.raises(UserError, match=r"quota.*delete it there"):
+        export.export(run, "hub:me/policy")

@@ -111,7 +111,7 @@ def run(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cell"] = _markdown_cell
+    environment.filters["cell"] = markdown_cell
     for name in ("report.html", "report.md", "summary.txt"):
         write_whole(folder.path / name, environment.get_template(name).render(context))
     write_whole(folder.path / "metrics.json", json.dumps([m.model_dump() for m in found], indent=1) + "\n")
@@ -252,10 +252,11 @@ def curves(manifests: dict[str, Manifest]) -> list[dict[str, str]]:
     return made
 
 
-def _markdown_cell(text: object) -> str:
+def markdown_cell(text: object) -> str:
     """Model output inside a markdown table or list: no line break, no markup, no HTML."""
     flat = " ".join(str(text).split())
     for char, safe in (
+        ("\\", "\\\\"),
         ("&", "&amp;"),
         ("<", "&lt;"),
         (">", "&gt;"),
