@@ -7,7 +7,7 @@ import pytest
 from conftest import ROWS, SPEC
 from delib import chat, recipe, spec
 from delib.errors import UserError
-from delib.recipe import RlSection, SftSection
+from delib.recipe import EvaluateSection, RlSection, SftSection
 from delib.records import Example, Message, Prompt, Sample, Verdict
 from delib.run import StageFolder
 from delib.stages import rl, sft
@@ -415,9 +415,12 @@ def test_rl_that_was_killed_after_its_last_step_makes_no_other(tiny_model, tmp_p
     assert len(judge.shown) == shown
 
 
-@pytest.mark.parametrize(("ending", "moved"), [(False, False), (True, True)])
-def test_what_was_cut_off_moves_no_weight(tiny_model, tmp_path, monkeypatch, ending, moved):
-    """Rewards differ within each group; the weights move only where completions ended by themselves."""
+@pytest.mark.parametrize(("ending", "limit", "moved"), [(False, 32, False), (False, 16, True), (True, 32, True)])
+def test_what_was_cut_off_before_evaluates_limit_moves_no_weight(
+    tiny_model, tmp_path, monkeypatch, ending, limit, moved
+):
+    """Rewards differ within each group; the weights move where completions ended by themselves, or were cut off where
+    evaluate would cut them off too."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -438,7 +441,8 @@ def test_what_was_cut_off_moves_no_weight(tiny_model, tmp_path, monkeypatch, end
         (start / file.name).write_bytes(file.read_bytes())
     for file in tiny_model.glob("chat_template*"):
         (start / file.name).write_bytes(file.read_bytes())
-    given = recipe.Recipe(rl=RlSection(steps=1, prompts=2, group=2, max_tokens=16, learning_rate=1e-2))
+    section = RlSection(steps=1, prompts=2, group=2, max_tokens=16, learning_rate=1e-2)
+    given = recipe.Recipe(rl=section, evaluate=EvaluateSection(max_tokens=limit))
     rl.run(given, prompts, WatchingJudge(), POLICY, start, StageFolder(tmp_path))
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").state_dict()
     same = all(torch.equal(value, after[name]) for name, value in model.state_dict().items())

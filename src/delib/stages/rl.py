@@ -115,9 +115,9 @@ def run(recipe: Recipe, prompts: list[Prompt], judge: Judge, spec: Spec, start: 
         lr_scheduler_type="constant",
         beta=section.beta,
         scale_rewards=section.scale_rewards,
-        # A cut-off completion lowers its group's baseline and stays out of the loss: pushing its tokens down taught
-        # shortness, and with it safe completions that name no one to turn to (docs/results.md).
-        mask_truncated_completions=True,
+        # What is cut off before evaluate's own limit might still have ended well: it lowers its group's baseline and
+        # stays out of the loss. At that limit a cut-off is a failure, and learned from (docs/results.md).
+        mask_truncated_completions=section.max_tokens < recipe.evaluate.max_tokens,
         shuffle_dataset=False,
         seed=recipe.seed,
         use_cpu=recipe.device == "cpu",
