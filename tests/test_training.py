@@ -88,28 +88,6 @@ def test_the_plain_head_has_the_loss_of_trl(tiny_model, tokenizer, tmp_path):
         assert torch.allclose(gradient, ours[name], rtol=1e-4, atol=1e-6), name
 
 
-def test_what_all_rows_begin_with_is_run_once(tokenizer):
-    """Up to the first token in which they differ; never a learned one, the one before it, or padding."""
-    import torch
-
-    def batch(ids, labels, mask=None):
-        given = {"input_ids": ids, "labels": labels, "attention_mask": mask or [[1] * len(row) for row in ids]}
-        return {name: torch.tensor(values) for name, values in given.items()}
-
-    no = -100
-    assert sft.shared_prefix(batch([[1, 2, 3, 4, 5], [1, 2, 6, 4, 5]], [[no, no, no, no, 5]] * 2)) == 2
-    assert sft.shared_prefix(batch([[1, 2, 3, 4, 5]] * 2, [[no, no, no, 4, 5]] * 2)) == 2
-    assert sft.shared_prefix(batch([[1, 2], [3, 2]], [[no, 2]] * 2)) == 0
-    padded = batch([[0, 1, 2], [0, 1, 2]], [[no, no, 2]] * 2, [[0, 1, 1], [1, 1, 1]])
-    assert sft.shared_prefix(padded) == 0
-    messages = [[Message(role="user", content=text)] for text in ("Hello there", "Why?")]
-    rows = [
-        sft.tokenise(Example(prompt_id="p", messages=m, reasoning="why", answer="yes"), tokenizer) for m in messages
-    ]
-    alike = sft.shared_prefix(sft.collator(tokenizer)(rows))
-    assert tokenizer.decode(rows[0]["input_ids"][:alike]) == "<|im_start|>user\n"
-
-
 def test_what_decides_weighs_more(tokenizer):
     """The opening, the conclusion and the answer's opening weigh more, the first word most; the prompt nothing; all
     else one."""
@@ -447,12 +425,3 @@ def test_what_was_cut_off_before_evaluates_limit_moves_no_weight(
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").state_dict()
     same = all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
     assert same is not moved
-
-
-def test_only_plain_caches_are_shared():
-    """A layer that remembers more than keys and values would have to give that to each row too."""
-    from transformers import Lfm2Config, LlamaConfig
-
-    keeps = sft.trainer_class().keeps_plain_cache
-    assert keeps(LlamaConfig(num_hidden_layers=2))
-    assert not keeps(Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]))

@@ -121,52 +121,26 @@ def collator(tokenizer: Any) -> Any:
     return collate
 
 
-def shared_prefix(inputs: dict[str, Any]) -> int:
-    """How many tokens all rows of a padded batch begin with alike, such as a template's system message: none of them
-    learned, nor the last before a learned one, nor padding."""
-    ids, learned = inputs["input_ids"], inputs["labels"] != -100
-    alike = (ids == ids[:1]).all(0) & inputs["attention_mask"].bool().all(0) & ~learned.any(0)
-    alike[:-1] &= ~learned[:, 1:].any(0)
-    return int(alike.long().cumprod(0).sum())
-
-
 def trainer_class() -> type:
-    """SFTTrainer with the loss projected by one plain matrix product, with weights, and with what all rows of a batch
-    begin with run once.
+    """SFTTrainer with the loss projected by one plain matrix product, and with weights.
 
     TRL's fused head works in chunks to save memory, and on a CPU that costs more than the model's own forward
     (docs/results.md). With weights of 1 the loss is the same: cross-entropy over label-bearing positions, divided by
     their count. Otherwise it is the weighted mean, so that the size of a step does not change with the weight.
     """
     import torch
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
     from trl import SFTTrainer
 
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-
     class PlainHeadTrainer(SFTTrainer):
-        @staticmethod
-        def keeps_plain_cache(config: Any) -> bool:
-            """Whether all layers remember keys and values and no other state, which could not be given to each row."""
-            return all(type(layer) in plain for layer in DynamicCache(config=config).layers)
-
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            core = self.accelerator.unwrap_model(model)
-            ids, mask = inputs["input_ids"], inputs["attention_mask"]
-            start = shared_prefix(inputs) if len(ids) > 1 and self.keeps_plain_cache(core.config) else 0
-            past = None
-            if start:
-                past = core.model(input_ids=ids[:1, :start], use_cache=True).past_key_values
-                past.batch_repeat_interleave(len(ids))
-            hidden = core.model(
-                input_ids=ids[:, start:], attention_mask=mask, past_key_values=past, use_cache=past is not None
-            )
-            labels = inputs["labels"][:, start + 1 :]
+            labels = inputs["labels"][:, 1:]
             learned = labels != -100
+            core = self.accelerator.unwrap_model(model)
+            hidden = core.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
             logits = core.lm_head(hidden.last_hidden_state[:, :-1][learned])
-            weight = inputs["weights"][:, start + 1 :][learned]
+            weight = inputs["weights"][:, 1:][learned]
             each = torch.nn.functional.cross_entropy(logits.float(), labels[learned], reduction="none")
             total = (each * weight).sum() * learned.sum() / weight.sum()
             count = learned.sum() if num_items_in_batch is None else num_items_in_batch
