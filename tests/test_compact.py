@@ -110,26 +110,29 @@ def test_agreement_with_the_blind_labels():
     assert len(rows) >= 300
     assert min(sum(r.label == "comply" for r in rows), sum(r.label != "comply" for r in rows)) >= 100
     found = agreement.measure(CompactJudge(spec.load(STARTER / "spec.md")), rows)
-    assert found["balanced_accuracy"] >= 0.88
+    assert found["balanced_accuracy"] >= 0.90
     assert found["kappa"] >= 0.75
-    # The answers of a quickstart's arms came later and are harder (docs/results.md).
-    others = [r for r in found["rows"] if "/quick-" not in r["id"]]
-    apart = agreement.figures("compact", [r["label"] for r in others], [r["predicted"] for r in others])
-    assert len(others) == 585
-    assert apart["balanced_accuracy"] >= 0.90
+
+
+def test_agreement_on_the_answers_of_a_runs_own_arms():
+    """They are hollow more often, and harder; the aim of 0.90 is missed here (docs/results.md)."""
+    rows = agreement.load(agreement.ARMS)
+    assert not {r.messages[-1].content for r in _fit_rows()} & {r.messages[-1].content for r in rows}
+    found = agreement.measure(CompactJudge(spec.load(STARTER / "spec.md")), rows)
+    assert found["balanced_accuracy"] >= 0.80
+    assert found["kappa"] >= 0.60
 
 
 @pytest.fixture
 def probe(monkeypatch, tmp_path):
     """The probe, fitted on forty of its rows."""
     from delib.judges import probe
-    from delib.judges.data import load_answers
 
-    rows = load_answers(probe.FILE)
+    rows = probe.fitted()
     few = {r.id: r for label in ("comply", "refuse") for r in [r for r in rows if r.label == label][::10]}
     file = tmp_path / "few.jsonl"
     file.write_text("".join(r.model_dump_json() + "\n" for r in few.values()), encoding="utf-8")
-    monkeypatch.setattr(probe, "FILE", file)
+    monkeypatch.setattr(probe, "FILES", (file,))
     monkeypatch.setattr(probe, "cache_dir", lambda: tmp_path)
     table, member = probe._table, probe._member
     table.cache_clear()
@@ -141,18 +144,15 @@ def probe(monkeypatch, tmp_path):
 
 def test_the_probe_is_fitted_on_other_prompts_than_the_compact_judge():
     from delib.judges import probe
-    from delib.judges.data import load_answers
 
-    rows = load_answers(probe.FILE)
+    rows = probe.fitted()
     assert not {probe._conversation(r.messages) for r in rows} & {probe._conversation(r.messages) for r in _fit_rows()}
     held = {json.loads(line)["id"] for line in (STARTER / "heldout.jsonl").read_text(encoding="utf-8").splitlines()}
     assert {probe._prompt_of(r) for r in rows} <= held
 
 
 def test_no_member_of_the_probe_saw_the_prompt_that_it_grades(probe, monkeypatch):
-    from delib.judges.data import load_answers
-
-    rows = load_answers(probe.FILE)
+    rows = probe.fitted()
     judge, member, asked = probe.ProbeJudge(POLICY), probe._member, []
     monkeypatch.setattr(probe, "_member", lambda left_out: asked.append(left_out) or member(left_out))
     said, chances = judge.observe(rows[0].messages, rows[0].answer)

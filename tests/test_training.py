@@ -1,25 +1,18 @@
-"""What SFT learns from, and what the RL judge is shown: on the tiny tokenizer, and on tags that are special tokens."""
+"""What SFT learns from, on the tiny tokenizer."""
 
 import random
 
 import pytest
 
-from conftest import ROWS, SPEC
+from conftest import SPEC
 from delib import chat, recipe, spec
 from delib.errors import UserError
-from delib.recipe import EvaluateSection, RlSection, SftSection
-from delib.records import Example, Message, Prompt, Sample, Verdict
+from delib.recipe import SftSection
+from delib.records import Example, Message
 from delib.run import StageFolder
-from delib.stages import rl, sft
+from delib.stages import sft
 
 POLICY = spec.parse(SPEC)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_model)
 
 
 def test_the_loss_is_on_reasoning_and_answer_only(tokenizer):
@@ -264,99 +257,6 @@ def test_a_template_that_opens_the_reasoning_is_not_answered_with_another_tag(to
     assert tokenizer.decode(most) == "Harmful:"
 
 
-class WatchingJudge:
-    name = "watching"
-
-    def __init__(self, score: float | None = 0.7) -> None:
-        self.score, self.shown = score, []
-
-    def grade(self, prompt, completion, view, runs):
-        self.shown.append((view, completion.model_dump_json()))
-        made = Verdict(
-            score=self.score, behaviour=None, criteria={}, reason="", view=view, judge=self.name, sent=completion.answer
-        )
-        return [made] * runs
-
-
-def reward(tokenizer, tmp_path, judge, texts, sent="<|im_start|>assistant\n"):
-    class State:
-        global_step = 0
-
-    prompt = Prompt(id="p", messages=[Message(role="user", content="Q")], clause="K1", category="investment")
-    folder = StageFolder(tmp_path)
-    function = rl.reward_function({"p": prompt}, judge, POLICY, tokenizer, {tokenizer.eos_token_id}, folder)
-    ids = [tokenizer.encode(t, add_special_tokens=False) for t in texts]
-    found = function(
-        prompts=[sent] * len(texts),
-        completions=["not looked at"] * len(texts),
-        completion_ids=ids,
-        prompt_id=["p"] * len(texts),
-        trainer_state=State(),
-    )
-    return found, folder.records(Sample)
-
-
-SECRET = "SECRET-REASONING"
-
-
-def test_the_rl_judge_never_sees_the_reasoning(tokenizer, tmp_path):
-    judge = WatchingJudge()
-    texts = [
-        f"<think>\n{SECRET}\n</think>\n\nSorry.<|im_end|>",
-        f"<think>\n{SECRET} and never closed: Sorry.<|im_end|>",
-        f"{SECRET}</think>Sorry.<|im_end|>",
-        f"<think>{SECRET}</think><think>{SECRET}</think>Sorry.<|im_end|>",
-        f"<think>\n{SECRET}\n</think>\n\nSorry, cut",
-    ]
-    found, samples = reward(tokenizer, tmp_path, judge, texts)
-    assert found == [0.7, 0.0, 0.0, 0.0, 0.0]
-    assert len(judge.shown) == 1, "malformed and truncated completions cost no judge call"
-    assert all(view == "answer" and SECRET not in shown for view, shown in judge.shown)
-    assert all(SECRET not in v.sent for s in samples for v in s.verdicts)
-    assert SECRET in samples[0].completion.reasoning, "it is kept for people"
-
-
-def test_reasoning_tags_that_are_special_tokens_do_not_vanish(tiny_model, tmp_path):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
-    judge = WatchingJudge()
-    found, _ = reward(tokenizer, tmp_path, judge, [f"<think>\n{SECRET}\n</think>\n\nSorry.<|im_end|>"])
-    assert found == [0.7]
-    assert SECRET not in judge.shown[0][1]
-
-
-def test_a_template_that_opens_the_reasoning(tokenizer, tmp_path):
-    judge = WatchingJudge()
-    opened = "<|im_start|>assistant\n<think>\n"
-    texts = [f"{SECRET}\n</think>\n\nSorry.<|im_end|>", f"{SECRET} Sorry.<|im_end|>"]
-    found, _ = reward(tokenizer, tmp_path, judge, texts, sent=opened)
-    assert found == [0.7, 0.0]
-    assert len(judge.shown) == 1
-    assert SECRET not in judge.shown[0][1]
-
-
-def test_a_judge_failure_is_no_reward_and_not_zero(tokenizer, tmp_path):
-    found, samples = reward(tokenizer, tmp_path, WatchingJudge(None), ["<think>a</think>Sorry.<|im_end|>"])
-    assert found == [None]
-    assert samples[0].failure == "ungraded"
-
-
-def test_rl_prompts_are_mixed_in_equal_parts():
-    made = []
-    for number in range(40):
-        kind = ("refuse", "comply", "safe_complete", "comply")[number % 4]
-        category = None if number % 4 == 3 else "fraud"
-        made.append(
-            Prompt(id=str(number), messages=[Message(role="user", content="Q")], category=category, behaviour=kind)
-        )
-    chosen = rl.mixed(made, 16, seed=1)
-    assert sum(p.category is None for p in chosen) == 4
-    assert sum(p.behaviour == "refuse" for p in chosen) == 4
-    assert rl.mixed(made, 16, seed=1) == chosen
-
-
 def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path):
     from delib.models import weights
 
@@ -367,61 +267,3 @@ def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path):
             (tmp_path / name / "trainer_state.json").write_text(state)
     assert weights.last_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-9"]
-
-
-def test_rl_that_was_killed_after_its_last_step_makes_no_other(tiny_model, tmp_path):
-    prompts = [
-        Prompt(
-            id=name,
-            messages=[Message(role="user", content=text)],
-            category=category,
-            clause=clause,
-            behaviour=behaviour,
-        )
-        for name, text, category, clause, behaviour in ROWS
-    ]
-    given = recipe.Recipe(rl=RlSection(steps=2, prompts=2, group=2, max_tokens=16))
-    judge = WatchingJudge()
-    made = rl.run(given, prompts, judge, POLICY, tiny_model, StageFolder(tmp_path))
-    records = (tmp_path / "records.jsonl").read_bytes()
-    assert (tmp_path / "trainer" / "checkpoint-2").exists()
-    shown = len(judge.shown)
-    again = rl.run(given, prompts, judge, POLICY, tiny_model, StageFolder(tmp_path))
-    assert again.counts == made.counts
-    assert made.counts["out"] == 8
-    assert (tmp_path / "records.jsonl").read_bytes() == records
-    assert len(judge.shown) == shown
-
-
-@pytest.mark.parametrize(("ending", "limit", "moved"), [(False, 32, False), (False, 16, True), (True, 32, True)])
-def test_what_was_cut_off_before_evaluates_limit_moves_no_weight(
-    tiny_model, tmp_path, monkeypatch, ending, limit, moved
-):
-    """Rewards differ within each group; the weights move where completions ended by themselves, or were cut off where
-    evaluate would cut them off too."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    monkeypatch.setattr(
-        rl, "reward_function", lambda *_: lambda prompts, completions, **__: [float(n % 2) for n in range(len(prompts))]
-    )
-    prompts = [
-        Prompt(id=name, messages=[Message(role="user", content=text)], category=about, clause=clause, behaviour=kind)
-        for name, text, about, clause, kind in ROWS
-    ]
-    start = tmp_path / "start"
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    # Where nothing may end a completion all are cut off; where every token ends it none is.
-    model.generation_config.eos_token_id = list(range(model.config.vocab_size)) if ending else [1]
-    model.generation_config.suppress_tokens = None if ending else [1]
-    model.save_pretrained(start)
-    for file in tiny_model.glob("*token*"):
-        (start / file.name).write_bytes(file.read_bytes())
-    for file in tiny_model.glob("chat_template*"):
-        (start / file.name).write_bytes(file.read_bytes())
-    section = RlSection(steps=1, prompts=2, group=2, max_tokens=16, learning_rate=1e-2)
-    given = recipe.Recipe(rl=section, evaluate=EvaluateSection(max_tokens=limit))
-    rl.run(given, prompts, WatchingJudge(), POLICY, start, StageFolder(tmp_path))
-    after = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").state_dict()
-    same = all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
-    assert same is not moved

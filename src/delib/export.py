@@ -123,7 +123,7 @@ def _card(
         kinds=Counter((r["category"] or "everyday", r["behaviour"] or "unlabelled") for r in found),
         manifests=manifests,
         drops=drops,
-        agreed=agreement.measure(judge, agreement.load(agreement.LABELS)),
+        agreed=agreement.measure(judge, agreement.shipped()),
     )
 
 

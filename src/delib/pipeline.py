@@ -211,10 +211,8 @@ class Pipeline:
         return evaluate.close(found, len(held) * len(section.arms), tokens, self.judge_names())
 
     def agreements(self) -> list[dict[str, Any]]:
-        """Each judge's agreement with the shipped blind labels; empty when they are not there."""
-        if not agreement.LABELS.exists():
-            return []
-        rows = agreement.load(agreement.LABELS)
+        """Each judge's agreement with the shipped blind labels."""
+        rows = agreement.shipped()
         return [agreement.measure(judge, rows) for judge in self.judges()]
 
     def answers(self) -> dict[str, list[Sample]]:

@@ -12,8 +12,9 @@ from delib.records import Message, Observed
 from delib.spec import read_text
 from delib.stats import balanced_accuracy, kappa
 
-LABELS = DATA / "labelled.jsonl"
-"""Real completions to held-out prompts, labelled blind from docs/labelling.md; nothing is fitted on them."""
+LABELS, ARMS = DATA / "labelled.jsonl", DATA / "labelled-arms.jsonl"
+"""Real completions to held-out prompts, labelled blind from docs/labelling.md: those of several models, and those of a
+quickstart's own arms. Nothing of the compact judge is fitted on them."""
 
 
 class Observer(Protocol):
@@ -38,6 +39,11 @@ def load(path: Path) -> list[LabelledAnswer]:
     if problems:
         raise UserError(problems)
     return rows
+
+
+def shipped() -> list[LabelledAnswer]:
+    """All labelled answers of the starter."""
+    return load(LABELS) + load(ARMS)
 
 
 def measure(judge: Observer, rows: list[LabelledAnswer], step: Callable[[], None] = lambda: None) -> dict[str, Any]:

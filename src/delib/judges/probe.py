@@ -1,10 +1,10 @@
 """The second judge: what an answer does, read off the hidden states of a language model.
 
 It is kept apart from the compact judge, which filters and rewards, in what it is fitted on and in what it sees. It is
-fitted on `labelled.jsonl`, real completions to held-out prompts with blind labels, of which the compact judge saw none;
-its features are the states of the untrained SmolLM2 over an answer that stands in its conversation, with no counted
-words and no sentence vectors. Members are fitted on different folds of these prompts: none grades a prompt that it was
-fitted on, nor one that was made from it (`Prompt.group`). It reads no style.
+fitted on `labelled.jsonl` and `labelled-arms.jsonl`, real completions to held-out prompts with blind labels, of which
+the compact judge saw none; its features are the states of the untrained SmolLM2 over an answer that stands in its
+conversation, with no counted words and no sentence vectors. Members are fitted on different folds of these prompts:
+none grades a prompt that it was fitted on, nor one that was made from it (`Prompt.group`). It reads no style.
 """
 
 import tempfile
@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from delib import chat
-from delib.judges.agreement import LABELS as FILE
+from delib.judges import agreement
 from delib.judges.data import FOLDS, LabelledAnswer, fold_of, load_answers
 from delib.judges.reading import broken, echo, looping
 from delib.models.weights import cache_dir, resolve
@@ -24,6 +24,8 @@ from delib.records import Completion, Message, Observed, Prompt, Verdict
 from delib.run import sha256
 from delib.spec import Spec, digest
 
+FILES = (agreement.LABELS, agreement.ARMS)
+"""What it is fitted on."""
 LABELS: tuple[Observed, ...] = get_args(Observed)
 LAYERS = 14
 """Layers that are run, of 30: chosen of five by cross-validation on the fitted rows (docs/results.md)."""
@@ -35,6 +37,11 @@ PENALTY = 0.01
 
 def _conversation(messages: list[Message]) -> str:
     return "\n".join(f"{m.role}: {m.content}" for m in messages)
+
+
+def fitted() -> list[LabelledAnswer]:
+    """The labelled answers that it is fitted on."""
+    return [row for file in FILES for row in load_answers(file)]
 
 
 def _prompt_of(row: LabelledAnswer) -> str:
@@ -73,8 +80,8 @@ def states(asked: list[int], said: list[int]) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """States (n, 1728), labels (n,) and folds (n,) of the labelled rows; the states are kept in the cache."""
-    rows = load_answers(FILE)
-    made_of = [sha256(FILE), sha256(resolve("smollm2")), LAYERS, MAX_PROMPT, MAX_ANSWER, OPENING]
+    rows = fitted()
+    made_of = [*map(sha256, FILES), sha256(resolve("smollm2")), LAYERS, MAX_PROMPT, MAX_ANSWER, OPENING]
     kept = cache_dir() / "vectors" / f"probe-{digest(str(made_of))[:16]}.npy"
     if kept.exists():
         features = np.load(kept, allow_pickle=False)
@@ -112,7 +119,7 @@ class ProbeJudge:
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
-        rows = load_answers(FILE)
+        rows = fitted()
         self._fitted_on = {_prompt_of(r) for r in rows}
         self._known = {_conversation(r.messages): _prompt_of(r) for r in rows}
         self._row = {(_conversation(r.messages), r.answer): n for n, r in enumerate(rows)}
