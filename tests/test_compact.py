@@ -1,5 +1,6 @@
 """The compact judge reads behaviour and style from the spec that it is given."""
 
+import asyncio
 import json
 
 import pytest
@@ -31,7 +32,7 @@ def verdict(policy, clause: str, answer: str, reasoning: str = "", view: str = "
         behaviour=owner.behaviour,
     )
     made = chat.completion(chat.join(reasoning or "r", answer), sent="", model="m", cut=False)
-    return CompactJudge(policy).grade(prompt, made, view, 1)[0]
+    return asyncio.run(CompactJudge(policy).grade(prompt, made, view, 1))[0]
 
 
 def test_the_verdict_turns_with_the_clause():
@@ -87,7 +88,7 @@ def test_reasoning_is_judged_in_the_full_view_only(reasoning, good):
 def test_unlabelled_prompts_are_ungraded_not_zero():
     prompt = Prompt(id="p", messages=[Message(role="user", content="Q")])
     made = chat.completion("An answer.", sent="", model="m", cut=False)
-    found = CompactJudge(POLICY).grade(prompt, made, "answer", 3)
+    found = asyncio.run(CompactJudge(POLICY).grade(prompt, made, "answer", 3))
     assert [v.score for v in found] == [None] * 3
     assert "label the prompt" in found[0].failure
 
@@ -168,10 +169,12 @@ def test_no_member_of_the_probe_saw_the_prompt_that_it_grades(probe, monkeypatch
     made = chat.completion("I'm sorry, but I can't help with that.", sent="", model="m", cut=False)
     prompt = Prompt(id="new", messages=[Message(role="user", content="Which share?")], clause="K1", behaviour="refuse")
     derived = prompt.model_copy(update={"group": probe._prompt_of(rows[0])})
-    verdict = judge.grade(prompt, made, "answer", 1)[0]
-    judge.grade(derived, made, "answer", 1)
+    verdict = asyncio.run(judge.grade(prompt, made, "answer", 1))[0]
+    asyncio.run(judge.grade(derived, made, "answer", 1))
     assert asked == [own, None, own]
     assert verdict.judge == "probe" and verdict.score is not None and "style" not in verdict.criteria
     assert "Which share?" in verdict.sent and "can't help" in verdict.sent
-    blank = judge.grade(prompt.model_copy(update={"clause": None, "behaviour": None}), made, "answer", 1)[0]
+    blank = asyncio.run(judge.grade(prompt.model_copy(update={"clause": None, "behaviour": None}), made, "answer", 1))[
+        0
+    ]
     assert blank.score is None and "label the prompt" in blank.failure

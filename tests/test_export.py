@@ -12,7 +12,7 @@ from delib.records import Verdict
 def run(recipe_file, tmp_path, monkeypatch):
     """A run to distill, its judge without a model: all is well with every completion."""
 
-    def grade(self, prompt, completion, view, runs):
+    async def grade(self, prompt, completion, view, runs):
         made = Verdict(
             score=1.0, behaviour="comply", criteria={}, reason="", view=view, judge="compact-0", sent=completion.text
         )
@@ -20,7 +20,7 @@ def run(recipe_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(CompactJudge, "grade", grade)
     agreed = {"judge": "compact", "n": 585, "balanced_accuracy": 0.918, "kappa": 0.84}
-    monkeypatch.setattr(export.agreement, "measure", lambda judge, rows: agreed)
+    monkeypatch.setattr(pipeline.agreement, "measure", lambda judge, rows: agreed)
     folder = tmp_path / "run"
     pipeline.run_to(pipeline.start_run(recipe.load(recipe_file), folder), "distill")
     return folder

@@ -6,14 +6,30 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "delib"
 FLOORS = [
     {"errors", "records", "stats"},
-    {"spec", "run", "recipe", "chat", "progress"},
-    {"models", "judges", "evals"},
+    {"spec", "run", "recipe", "chat", "progress", "sources", "overlap"},
+    {"models", "judges", "evals", "labelling"},
     {"stages"},
-    {"pipeline", "life", "pack"},
-    {"talk", "compare", "export"},
+    {"opener", "life", "pack"},
+    {"pipeline"},
+    {"talk", "compare", "export", "plan"},
     {"cli"},
 ]
-HEAVY = {"torch", "transformers", "trl", "datasets", "sklearn", "scipy", "xllamacpp", "gguf", "matplotlib", "aiohttp"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "trl",
+    "datasets",
+    "sklearn",
+    "scipy",
+    "xllamacpp",
+    "gguf",
+    "matplotlib",
+    "aiohttp",
+    "inspect_ai",
+    "anyio",
+    "datasketch",
+    "pyarrow",
+}
 
 
 def floor_of(room: str) -> int:

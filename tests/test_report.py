@@ -72,7 +72,7 @@ STAGES = ["prompts", "generate", "filter", "distill", "sft", "rl", "evaluate", "
 
 def test_hostile_output_is_escaped_and_the_page_asks_for_nothing(tmp_path):
     run = make_run(tmp_path)
-    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], [], {})
+    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], [], {}, {})
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert "<img" not in page
@@ -87,7 +87,7 @@ def test_hostile_output_is_escaped_and_the_page_asks_for_nothing(tmp_path):
 def test_every_figure_is_in_the_json_with_its_interval(tmp_path):
     run = make_run(tmp_path)
     agreements = [{"judge": "compact", "n": 300, "balanced_accuracy": 0.9, "kappa": 0.8}]
-    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], agreements, {})
+    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], agreements, {}, {})
     rows = json.loads((tmp_path / "report" / "metrics.json").read_text())
     main = next(r for r in rows if r["arm"] == "sft" and r["name"] == "not_unsafe" and r["by"] is None)
     assert set(main) == {"suite", "arm", "name", "value", "low", "high", "n", "n_ungraded", "by"}
@@ -126,7 +126,7 @@ def test_blind_labels_stand_beside_the_judge(tmp_path):
         labels.read(answers, folder, POLICY)
     file.write_text("".join(json.dumps(row | {"label": "comply"}) + "\n" for row in rows))
     blind = labels.read(answers, folder, POLICY)
-    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], [], blind)
+    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], [], blind, {})
     found = json.loads((tmp_path / "report" / "metrics.json").read_text())
 
     def of(judge):
@@ -142,7 +142,7 @@ def test_blind_labels_stand_beside_the_judge(tmp_path):
 
 def test_a_control_says_that_it_is_one(tmp_path):
     run = make_run(tmp_path)
-    report.run(Recipe(sft={"reasoning": False}), run, POLICY, run.stage("report"), STAGES, ["compact"], [], {})
+    report.run(Recipe(sft={"reasoning": False}), run, POLICY, run.stage("report"), STAGES, ["compact"], [], {}, {})
     for name in ("report.html", "report.md"):
         assert "is a control" in (tmp_path / "report" / name).read_text(encoding="utf-8")
 

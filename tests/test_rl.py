@@ -1,5 +1,8 @@
 """What the RL judge is shown, and what moves the weights: on the tiny model, and on tags that are special tokens."""
 
+import asyncio
+from contextlib import asynccontextmanager
+
 import pytest
 
 from conftest import ROWS, SPEC
@@ -18,12 +21,24 @@ class WatchingJudge:
     def __init__(self, score: float | None = 0.7) -> None:
         self.score, self.shown = score, []
 
-    def grade(self, prompt, completion, view, runs):
+    async def grade(self, prompt, completion, view, runs):
         self.shown.append((view, completion.model_dump_json()))
         made = Verdict(
             score=self.score, behaviour=None, criteria={}, reason="", view=view, judge=self.name, sent=completion.answer
         )
         return [made] * runs
+
+
+def opened(judge):
+    @asynccontextmanager
+    async def enter():
+        yield judge
+
+    return enter
+
+
+def graded_by(judge):
+    return lambda shown: [asyncio.run(judge.grade(prompt, made, "answer", 1)) for prompt, made in shown]
 
 
 def reward(tokenizer, tmp_path, judge, texts, sent="<|im_start|>assistant\n"):
@@ -32,7 +47,7 @@ def reward(tokenizer, tmp_path, judge, texts, sent="<|im_start|>assistant\n"):
 
     prompt = Prompt(id="p", messages=[Message(role="user", content="Q")], clause="K1", category="investment")
     folder = StageFolder(tmp_path)
-    function = rl.reward_function({"p": prompt}, judge, POLICY, tokenizer, {tokenizer.eos_token_id}, folder)
+    function = rl.reward_function({"p": prompt}, graded_by(judge), POLICY, tokenizer, {tokenizer.eos_token_id}, folder)
     ids = [tokenizer.encode(t, add_special_tokens=False) for t in texts]
     found = function(
         prompts=[sent] * len(texts),
@@ -118,11 +133,11 @@ def test_rl_that_was_killed_after_its_last_step_makes_no_other(tiny_model, tmp_p
     ]
     given = recipe.Recipe(rl=RlSection(steps=2, prompts=2, group=2, max_tokens=16))
     judge = WatchingJudge()
-    made = rl.run(given, prompts, judge, POLICY, tiny_model, StageFolder(tmp_path))
+    made = rl.run(given, prompts, opened(judge), POLICY, tiny_model, StageFolder(tmp_path))
     records = (tmp_path / "records.jsonl").read_bytes()
     assert (tmp_path / "trainer" / "checkpoint-2").exists()
     shown = len(judge.shown)
-    again = rl.run(given, prompts, judge, POLICY, tiny_model, StageFolder(tmp_path))
+    again = rl.run(given, prompts, opened(judge), POLICY, tiny_model, StageFolder(tmp_path))
     assert again.counts == made.counts
     assert made.counts["out"] == 8
     assert (tmp_path / "records.jsonl").read_bytes() == records
@@ -157,7 +172,7 @@ def test_what_was_cut_off_before_evaluates_limit_moves_no_weight(
         (start / file.name).write_bytes(file.read_bytes())
     section = RlSection(steps=1, prompts=2, group=2, max_tokens=16, learning_rate=1e-2)
     given = recipe.Recipe(rl=section, evaluate=EvaluateSection(max_tokens=limit))
-    rl.run(given, prompts, WatchingJudge(), POLICY, start, StageFolder(tmp_path))
+    rl.run(given, prompts, opened(WatchingJudge()), POLICY, start, StageFolder(tmp_path))
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").state_dict()
     same = all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
     assert same is not moved

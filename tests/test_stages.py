@@ -25,7 +25,7 @@ class ScriptedJudge:
     def __init__(self, scores: dict[str, float | None]) -> None:
         self.scores, self.calls = scores, []
 
-    def grade(self, prompt, completion, view, runs):
+    async def grade(self, prompt, completion, view, runs):
         self.calls.append((prompt.id, view, completion))
         score = next((s for word, s in self.scores.items() if word in completion.answer), 1.0)
         failure = "the judge failed" if score is None else None
@@ -121,7 +121,7 @@ class FlakyTeacher:
     def __init__(self, bad: str) -> None:
         self.bad, self.sent = bad, []
 
-    async def complete(self, messages, *, max_tokens, temperature, seed):
+    async def complete(self, messages, *, max_tokens, temperature, seed, index):
         text = messages[-1].content
         self.sent.append(text)
         await asyncio.sleep(0)
@@ -134,13 +134,29 @@ def live(pack, teacher, rate, samples=2):
     train = [p for p in load_prompts(pack) if p.split == "train"]
     folder = StageFolder(pack / "generate")
 
+    handed_on = []
+
+    async def hand_on(sample):
+        handed_on.append(sample.key)
+
     @asynccontextmanager
     async def opened():
-        yield teacher
+        yield teacher, hand_on
 
-    return folder, generate.live(
-        train, opened, POLICY, folder, samples=samples, max_tokens=9, temperature=1.0, seed=0, max_failure_rate=rate
+    made = generate.live(
+        train,
+        opened,
+        POLICY,
+        folder,
+        samples=samples,
+        max_tokens=9,
+        temperature=1.0,
+        seed=0,
+        max_failure_rate=rate,
+        at_once=3,
     )
+    assert sorted(handed_on) == sorted(f"{p.id}#{i}" for p in train for i in range(samples))
+    return folder, made
 
 
 def test_a_live_teacher_sees_the_excerpt_and_finished_samples_are_not_made_again(pack):
@@ -165,6 +181,19 @@ def test_too_many_failures_stop_the_stage_with_causes(pack):
         live(pack, FlakyTeacher("double by May"), rate=0.1)
 
 
+def filtered(rows, judge, folder, **choices):
+    source = StageFolder(folder.path.with_name(folder.path.name + "-source"))
+    source.path.mkdir(exist_ok=True)
+    source.replace(rows)
+
+    @asynccontextmanager
+    async def opened():
+        yield judge
+
+    choices = {"runs": 3, "threshold": 0.5, "best_of": 1, "limit": None, "at_once": 4} | choices
+    return filter.run(source, opened, folder, **choices)
+
+
 def test_filter_drops_with_reasons_and_keeps_the_best(tmp_path):
     folder = StageFolder(tmp_path)
     rows = [
@@ -176,7 +205,7 @@ def test_filter_drops_with_reasons_and_keeps_the_best(tmp_path):
         sample("d", "x", cut=True),
     ]
     judge = ScriptedJudge({"poor": 0.2, "fine": 0.8, "better": 0.9, "unsure": None})
-    made = filter.run(rows, judge, folder, runs=3, threshold=0.5)
+    made = filtered(rows, judge, folder)
     reasons = [s.drop_reason for s in folder.records(Sample)]
     assert reasons == [
         "low score: compliance",

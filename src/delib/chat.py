@@ -18,12 +18,24 @@ class Parts(NamedTuple):
     malformed: bool
 
 
+def harmless(text: str, tokenizer: Any) -> str:
+    """A message in which no special token stands: a space after its first character breaks it.
+
+    Otherwise a message that holds the text of such a token would be read as the end of its turn, or as a turn of the
+    system's.
+    """
+    for token in tokenizer.all_special_tokens:
+        if len(token) > 1 and token in text:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
 def render(tokenizer: Any, messages: list[Message]) -> str:
     """The exact text a model is sent: its chat template with the assistant's turn opened.
 
     `tokenizer`: a transformers tokenizer with a chat template.
     """
-    rows = [m.model_dump() for m in messages]
+    rows = [{"role": m.role, "content": harmless(m.content, tokenizer)} for m in messages]
     return str(tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True))
 
 
@@ -77,3 +89,22 @@ def completion(
         text=text,
         sent=sent,
     )
+
+
+def received(
+    text: str,
+    reasoning: str | None,
+    *,
+    sent: str,
+    model: str,
+    cut: bool,
+    usage: dict[str, int] | None = None,
+    seed: int | None = None,
+) -> Completion:
+    """A Completion from what an endpoint gave back, in any of the ways reasoning comes: apart (`reasoning`), in think
+    tags, or closed without being opened because the template on the server opened it."""
+    if reasoning is not None and reasoning.strip():
+        text = join(reasoning, text)
+    elif OPEN not in text and text.count(CLOSE) == 1:
+        text = OPEN + text
+    return completion(text, sent=sent, model=model, cut=cut, usage=usage, seed=seed)

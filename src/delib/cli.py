@@ -70,8 +70,8 @@ def check(
     recipe: Annotated[Path, typer.Argument(help="A recipe: a file, or quickstart or small.")],
     set_: SetOption = [],  # noqa: B006
 ) -> None:
-    """Check a recipe and everything it names, before any compute."""
-    from delib import pipeline
+    """Check a recipe and everything it names, before any compute, and print what it will ask of models."""
+    from delib import pipeline, plan
     from delib import recipe as recipes
 
     loaded = recipes.load(recipes.shipped(recipe), set_)
@@ -79,6 +79,7 @@ def check(
     if problems:
         raise UserError(problems)
     typer.echo(f"{recipe}: sound")
+    typer.echo(plan.table(loaded), nl=False)
 
 
 def _stage(name: str) -> None:
@@ -106,7 +107,9 @@ def show(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder, a hub id or smollm2.")],
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint folder, a hub id, smollm2, a GGUF file or an inspect_ai name.")
+    ],
     max_tokens: Annotated[int, typer.Option(help="The most tokens of one answer.")] = 256,
 ) -> None:
     """Talk with a model; its reasoning is shown dimmed. An empty line or Ctrl-D ends it."""
@@ -117,8 +120,10 @@ def chat(
 
 @app.command("eval")
 def eval_(
-    model: Annotated[str, typer.Option("--model", help="A checkpoint folder, a hub id or smollm2.")],
-    prompts: Annotated[str, typer.Option("--prompts", help="JSON lines of prompts; starter:NAME is a shipped file.")],
+    model: Annotated[
+        str, typer.Option("--model", help="A checkpoint folder, a hub id, smollm2, a GGUF file or an inspect_ai name.")
+    ],
+    prompts: Annotated[str, typer.Option("--prompts", help="Prompts: a file, hub:OWNER/NAME:SPLIT or starter:NAME.")],
     json_out: Annotated[Path | None, typer.Option("--json", help="Write figures and rows here.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N prompts.")] = None,
 ) -> None:
@@ -170,7 +175,7 @@ def export(
 @app.command("judge-check")
 def judge_check(
     data: Annotated[Path, typer.Option("--data", help="JSON lines of labelled answers.")],
-    judge: Annotated[str, typer.Option("--judge", help="The judge: compact, or probe.")] = "compact",
+    judge: Annotated[str, typer.Option("--judge", help="The judge: compact, probe, or a model.")] = "compact",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Measure a judge against labelled answers."""
@@ -194,7 +199,7 @@ def prompts_(
 
 @prompts_app.command("check")
 def prompts_check(
-    file: Annotated[Path, typer.Argument(help="JSON lines of prompts.")],
+    file: Annotated[Path, typer.Argument(help="Prompts: a file, or hub:OWNER/NAME:SPLIT.")],
     spec: Annotated[Path | None, typer.Option("--spec", help="Their spec; the starter's when left out.")] = None,
     against: Annotated[
         Path | None, typer.Option("--against", help="Prompts that must stay apart, such as those held out.")

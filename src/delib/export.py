@@ -12,7 +12,6 @@ from typing import Any
 
 from delib import chat, pipeline
 from delib.errors import UserError
-from delib.judges import agreement
 from delib.records import Example, Manifest, Prompt, Sample
 from delib.run import disk_error, sha256
 from delib.stages.report import markdown_cell
@@ -108,23 +107,27 @@ def _card(
     recipe, samples = opened.recipe, opened.run.finished("filter", Sample)
     drops = Counter(s.drop_reason or s.failure or "dropped" for s in samples if not s.kept)
     own = (recipe.prompts.train, recipe.generate.recordings, recipe.spec)
-    judge = opened.judge()
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = markdown_cell
     return environment.from_string(CARD.read_text(encoding="utf-8")).render(
         recipe=recipe,
+        judge=_public(recipe.judge),
         spec=opened.spec,
         spec_hash=sha256(opened.spec_path),
         data_hash=data_hash,
         count=len(found),
         shipped=recipe.generate.teacher == "recorded" and all(name.startswith("starter:") for name in own),
         # A local model is told by its folder's name: where it lies is nobody's business.
-        writers=sorted({Path(s.completion.model).name for s in samples if s.completion and s.kept}),
+        writers=sorted({_public(s.completion.model) for s in samples if s.completion and s.kept}),
         kinds=Counter((r["category"] or "everyday", r["behaviour"] or "unlabelled") for r in found),
         manifests=manifests,
         drops=drops,
-        agreed=agreement.measure(judge, agreement.shipped()),
+        agreed=opened.agreements()[0],
     )
+
+
+def _public(model: str) -> str:
+    return Path(model).name if model.startswith(("/", ".")) else model
 
 
 def _check_name(name: str) -> None:

@@ -1,6 +1,6 @@
 """`delib prompts check`: is a file of prompts fit for training or evaluation, before anything is spent on it?
 
-In: JSON lines of prompts, a spec, and perhaps another file that must stay apart. Out: a table for people. What is wrong
+In: a file of prompts, a spec, and perhaps another file that must stay apart. Out: a table for people. What is wrong
 in itself is an error with its place; what a person should weigh (a category without a benign side, clauses that no
 prompt tests, form that gives the behaviour away) is a note.
 """

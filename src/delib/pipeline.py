@@ -4,11 +4,12 @@ A stage is skipped when its manifest stands for the same key: its recipe section
 inputs. Otherwise it runs, going on from the records that it finished under the same key.
 """
 
+import asyncio
 import json
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from typing import Any
 from safetensors import SafetensorError
 
 from delib import recipe as recipes
+from delib import sources
 from delib import spec as specs
 from delib.errors import StageError, UserError
 from delib.evals import labels
 from delib.judges import agreement
-from delib.judges.compact import CompactJudge
-from delib.judges.probe import ProbeJudge
-from delib.models import embedded, local, memory, recorded, weights
+from delib.judges.prompted import PromptedJudge
+from delib.labelling import Ask
+from delib.models import memory, opened, recorded, weights
+from delib.models.calls import Caller
+from delib.opener import FITTED, Judge, Opener, called
 from delib.progress import say
 from delib.recipe import Recipe
 from delib.records import Example, Manifest, Metric, Prompt, Sample
@@ -31,23 +35,15 @@ from delib.spec import Spec
 from delib.stages import distill, evaluate, filter, generate, prompts, report, rl, sft
 
 STAGES = ("prompts", "generate", "filter", "distill", "sft", "rl", "evaluate", "report")
-JUDGES: dict[str, type[CompactJudge] | type[ProbeJudge]] = {"compact": CompactJudge, "probe": ProbeJudge}
 CHECKPOINT = "checkpoint"
+ASKED = 120
+"""Labelled answers that a prompted judge is measured with for the report; `delib judge-check` asks about all."""
 NEEDED_MEGABYTES = 6000
 """Two checkpoints of a 135M float32 model, their optimiser state while training, and the GGUF copies."""
 
 
-def open_model(recipe: Recipe, folder: Path, name: str, context_tokens: int) -> AbstractAsyncContextManager[Any]:
-    """The model behind a folder, by the recipe's engine; what llama.cpp can't take runs on transformers."""
-    if recipe.engine == "llamacpp" and weights.can_serve(folder):
-        return embedded.serve(
-            folder, name=name, quantisation=recipe.evaluate.quantisation, context_tokens=context_tokens
-        )
-    return local.load(folder, name=name, device=recipe.device, dtype=recipe.dtype)
-
-
 def prompt_files(recipe: Recipe) -> dict[prompts.Split, Path]:
-    """The files of prompts that a recipe names, by split."""
+    """The sets of prompts that a recipe names, by split; one of the hub keeps its name."""
     section = recipe.prompts
     named: dict[prompts.Split, str | None] = {"train": section.train, "rl": section.rl, "heldout": section.heldout}
     return {split: recipes.path_of(name) for split, name in named.items() if name is not None}
@@ -61,6 +57,7 @@ class Pipeline:
         self.recipe, self.run = recipe, run
         self.spec_path = recipes.path_of(recipe.spec)
         self.spec: Spec = specs.load(self.spec_path)
+        self.opener = Opener(recipe, self.spec, run.path / "spent.json")
 
     def folder(self, stage: str) -> StageFolder:
         return self.run.stage(stage)
@@ -73,11 +70,11 @@ class Pipeline:
         """The hashes of what a stage reads."""
         named = {"spec": self.spec_path}
         recipe = self.recipe
-        if stage == "prompts":
-            named |= {str(split): path for split, path in prompt_files(recipe).items()}
         if stage == "generate" and recipe.generate.teacher == "recorded":
             named["recordings"] = recipes.path_of(recipe.generate.recordings)
         hashes = {name: sha256(path) for name, path in named.items()}
+        if stage == "prompts":
+            hashes |= {str(split): sources.identity(name) for split, name in prompt_files(recipe).items()}
         if stage in ("sft", "rl", "evaluate"):
             hashes["model"] = recipe.model
         for earlier in _BEFORE[stage]:
@@ -94,6 +91,8 @@ class Pipeline:
     def key(self, stage: str) -> str:
         # The second judge changes no answer: with another one they are graded anew, and not made anew.
         section: Any = getattr(self.recipe, stage).model_dump(exclude={"second_judge"})
+        if stage in ("filter", "rl"):
+            section = [section, self.recipe.judge]
         if stage in ("sft", "rl", "evaluate", "generate"):
             section = [section, self.recipe.device, self.recipe.dtype, self.recipe.engine]
         return key_of(section, self.recipe.seed, self.inputs(stage))
@@ -125,38 +124,63 @@ class Pipeline:
         say(f"{stage}: {', '.join(f'{k} {v}' for k, v in final.counts.items())} ({final.seconds:.0f} s)")
         return final
 
-    def judge(self) -> CompactJudge:
-        return CompactJudge(self.spec)
-
-    def judge_names(self) -> list[str]:
-        second = self.recipe.evaluate.second_judge
-        return [CompactJudge.name] + ([second] if second else [])
-
-    def judges(self) -> list[CompactJudge | ProbeJudge]:
-        """The judges of the evaluation, the one that also filtered and rewarded first."""
-        return [JUDGES[name](self.spec) for name in self.judge_names()]
-
     def _graded(self, stage: str) -> bool:
         """Whether a finished stage was graded by the judges that the recipe names now."""
         manifest = self.folder(stage).manifest()
-        return stage != "evaluate" or (manifest is not None and manifest.detail.get("judges") == self.judge_names())
+        return stage != "evaluate" or (
+            manifest is not None and manifest.detail.get("judges") == self.opener.judge_names()
+        )
 
     def _prompts(self, folder: StageFolder) -> Manifest:
-        return prompts.run(prompt_files(self.recipe), self.spec, folder)
+        section, ask = self.recipe.prompts, None
+        if section.labeller is not None:
+            labeller, writer = partial(self.opener.model, section.labeller), None
+            if section.lookalikes is not None:
+                same = section.lookalikes == section.labeller
+                writer = labeller if same else partial(self.opener.model, section.lookalikes)
+            ask = Ask(
+                labeller,
+                writer,
+                max_tokens=self.recipe.filter.max_tokens,
+                seed=self.recipe.seed,
+                at_once=self.opener.at_once,
+                max_failure_rate=self.recipe.generate.max_failure_rate,
+            )
+        return prompts.run(
+            prompt_files(self.recipe),
+            self.spec,
+            folder,
+            text=section.text,
+            near_duplicates=section.near_duplicates,
+            ask=ask,
+        )
 
     def _generate(self, folder: StageFolder) -> Manifest:
         section, train = self.recipe.generate, self._of("prompts", "train")
         if section.teacher == "recorded":
             return generate.replay(train, recorded.load(recipes.path_of(section.recordings)), self.spec, folder)
-        source = weights.resolve(section.teacher)
-        context = 4096 + section.max_tokens
 
-        def opened() -> AbstractAsyncContextManager[Any]:
-            return open_model(self.recipe, source, section.teacher, context)
+        @asynccontextmanager
+        async def opened_both() -> AsyncIterator[tuple[Caller, Callable[[Sample], Awaitable[None]]]]:
+            # Each finished sample is judged at once. The verdicts land in the cache, where filter finds them: its own
+            # records wait until generate is whole, since their key holds its hash.
+            async with AsyncExitStack() as stack:
+                teacher = await stack.enter_async_context(self.opener.model(section.teacher))
+                judge: Judge | None = None
+                if self.recipe.judge == section.teacher:
+                    judge = self.opener.prompted(self.recipe.judge, teacher)
+                elif self.recipe.judge not in FITTED:
+                    judge = await stack.enter_async_context(self.opener.judge(self.recipe.judge))
+
+                async def hand_on(sample: Sample) -> None:
+                    if judge is not None:
+                        await filter.grade(sample, judge, self.recipe.filter.runs, 0.0)
+
+                yield teacher, hand_on
 
         return generate.live(
             train,
-            opened,
+            opened_both,
             self.spec,
             folder,
             samples=section.samples,
@@ -164,17 +188,26 @@ class Pipeline:
             temperature=section.temperature,
             seed=self.recipe.seed,
             max_failure_rate=section.max_failure_rate,
+            at_once=self.opener.at_once,
         )
 
     def _filter(self, folder: StageFolder) -> Manifest:
-        samples = self.run.finished("generate", Sample)
         section = self.recipe.filter
-        return filter.run(samples, self.judge(), folder, runs=section.runs, threshold=section.threshold)
+        return filter.run(
+            self.run.folder_of("generate"),
+            partial(self.opener.judge, self.recipe.judge),
+            folder,
+            runs=section.runs,
+            threshold=section.threshold,
+            best_of=section.best_of,
+            limit=section.limit,
+            at_once=self.opener.at_once,
+        )
 
     def _distill(self, folder: StageFolder) -> Manifest:
         section = self.recipe.distill
         return distill.run(
-            self.run.finished("filter", Sample),
+            self.run.folder_of("filter").stream(Sample),
             self.spec,
             folder,
             plain_share=section.plain_share,
@@ -188,32 +221,49 @@ class Pipeline:
     def _rl(self, folder: StageFolder) -> Manifest:
         start = self.folder("sft").path / CHECKPOINT
         own = self._of("prompts", "rl") or self._of("prompts", "train")
-        return rl.run(self.recipe, own, self.judge(), self.spec, start, folder)
+        return rl.run(self.recipe, own, partial(self.opener.judge, self.recipe.judge), self.spec, start, folder)
 
     def _evaluate(self, folder: StageFolder) -> Manifest:
         section = self.recipe.evaluate
         held = evaluate.balanced(self._of("prompts", "heldout"), section.limit)
         found: list[Metric] = []
         tokens = 0
-        judges = self.judges()
         for arm in section.arms:
             source = (
                 weights.resolve(self.recipe.model) if arm.startswith("base") else self.folder(arm).path / CHECKPOINT
             )
 
-            def opened(source: Path = source, arm: str = arm) -> AbstractAsyncContextManager[Any]:
-                return open_model(self.recipe, source, arm, 1536 if arm == "base_spec" else 768)
-
-            found += evaluate.run_arm(arm, held, opened, judges, self.spec, folder, max_tokens=section.max_tokens)
+            found += evaluate.run_arm(
+                arm,
+                held,
+                partial(self.opener.arm, source, arm, 1536 if arm == "base_spec" else 768),
+                self.opener.judges,
+                self.opener.judge_names(),
+                self.spec,
+                folder,
+                max_tokens=section.max_tokens,
+                at_once=self.opener.at_once,
+            )
             graded = StageFolder(folder.path / arm).records(Sample)
             tokens += sum(s.completion.usage.get("completion", 0) for s in graded if s.completion)
         write_whole(folder.path / "metrics.json", json.dumps([m.model_dump() for m in found], indent=1) + "\n")
-        return evaluate.close(found, len(held) * len(section.arms), tokens, self.judge_names())
+        return evaluate.close(found, len(held) * len(section.arms), tokens, self.opener.judge_names())
 
     def agreements(self) -> list[dict[str, Any]]:
-        """Each judge's agreement with the shipped blind labels."""
+        """Each judge's agreement with the shipped blind labels; a prompted one's, whose calls cost, with some."""
         rows = agreement.shipped()
-        return [agreement.measure(judge, rows) for judge in self.judges()]
+
+        async def work() -> list[dict[str, Any]]:
+            found = []
+            async with self.opener.judges() as judges:
+                for judge in judges:
+                    if isinstance(judge, PromptedJudge):
+                        found.append(await agreement.ask(judge, agreement.drawn(rows, ASKED), self.opener.at_once))
+                    else:
+                        found.append(agreement.measure(judge, rows))
+            return found
+
+        return asyncio.run(work())
 
     def answers(self) -> dict[str, list[Sample]]:
         """The evaluated samples of each arm. Raises UserError when evaluate is not finished."""
@@ -233,8 +283,18 @@ class Pipeline:
 
     def _report(self, folder: StageFolder) -> Manifest:
         blind = labels.read(self.answers(), self.labels_path, self.spec)
-        judges = self.judge_names()
-        return report.run(self.recipe, self.run, self.spec, folder, list(STAGES), judges, self.agreements(), blind)
+        judges = self.opener.judge_names()
+        return report.run(
+            self.recipe,
+            self.run,
+            self.spec,
+            folder,
+            list(STAGES),
+            judges,
+            self.agreements(),
+            blind,
+            self.opener.ledger.spent,
+        )
 
 
 _BEFORE: dict[str, tuple[str, ...]] = {
@@ -308,9 +368,13 @@ def check(recipe: Recipe) -> list[str]:
 
     spec = attempt(lambda: specs.load(recipes.path_of(recipe.spec)))
     for split, path in prompt_files(recipe).items():
-        attempt(partial(prompts.load, path, spec, split))
+        attempt(partial(prompts.load, path, spec, split, recipe.prompts.text))
     if recipe.generate.teacher == "recorded":
         attempt(lambda: recorded.load(recipes.path_of(recipe.generate.recordings)))
+    for name in called(recipe):
+        attempt(partial(opened.check, name))
+    if recipe.judge in FITTED and recipe.filter.runs > 3:
+        problems.append(f"filter.runs: {recipe.filter.runs} runs of judge {recipe.judge}, which has three members")
     return problems
 
 

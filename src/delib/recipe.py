@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from delib.errors import UserError
 from delib.spec import read_text
@@ -25,22 +25,41 @@ class Section(BaseModel):
 
 
 class PromptsSection(Section):
+    """`train`, `rl` and `heldout` are JSON lines, CSV or parquet files, or hub:OWNER/NAME:SPLIT (docs/prompts.md)."""
+
     train: str = "starter:prompts.jsonl"
-    """JSON lines of training prompts."""
+    """Training prompts."""
     rl: str | None = None
-    """JSON lines of prompts for RL alone, which needs no completions of a teacher; null takes the training prompts."""
+    """Prompts for RL alone, which needs no completions of a teacher; null takes the training prompts."""
     heldout: str = "starter:heldout.jsonl"
-    """JSON lines of evaluation prompts; none may be a training prompt."""
+    """Evaluation prompts. Training and RL prompts that are near one of them are left out and counted."""
+    text: str | None = None
+    """The column of prompts in CSV, parquet and hub sets; null takes a conversation, or the first of prompt, question,
+    instruction, goal, text."""
+    near_duplicates: float | None = Field(default=0.8, ge=0.5, le=0.95)
+    """Of training (or RL) prompts with the same labels that are at least so similar only the first stays; null keeps
+    all but exact copies."""
+    labeller: str | None = None
+    """A model that finds category, clause and behaviour of the prompts that have none; null leaves them so."""
+    lookalikes: str | None = None
+    """A model that writes a benign look-alike of each prompt to refuse; `labeller` decides whether it is one."""
+
+    @model_validator(mode="after")
+    def _judged(self) -> "PromptsSection":
+        if self.lookalikes is not None and self.labeller is None:
+            raise ValueError("lookalikes needs a labeller, which decides whether a look-alike is benign; name one")
+        return self
 
 
 class GenerateSection(Section):
     teacher: str = "recorded"
-    """`recorded` replays `recordings`; anything else is a model (smollm2, a folder, a hub id) run locally."""
+    """`recorded` replays `recordings`; anything else is a model: an inspect_ai name (`anthropic/…`,
+    `openai-api/SERVICE/MODEL`), a GGUF file, or smollm2, a folder or a hub id, run here."""
     recordings: str = "starter:demonstrations.jsonl"
     """Recorded completions of the teacher, JSON lines."""
-    samples: int = Field(default=1, ge=1)
-    """Completions a prompt from a live teacher; a recorded one gives all it has."""
-    max_tokens: int = Field(default=384, ge=16)
+    samples: int = Field(default=4, ge=1)
+    """Completions a prompt from a live teacher, each with its own seed; a recorded one gives all it has."""
+    max_tokens: int = Field(default=1024, ge=16)
     """The most tokens of one completion of a live teacher."""
     temperature: float = Field(default=0.8, ge=0)
     """Sampling temperature of a live teacher."""
@@ -49,10 +68,20 @@ class GenerateSection(Section):
 
 
 class FilterSection(Section):
-    runs: int = Field(default=3, ge=1, le=3)
-    """Judge runs a completion (k); the score is their minimum. The compact judge has three members."""
+    runs: int = Field(default=3, ge=1)
+    """Judge runs a completion (k); the score is their minimum. The compact judge has three members, and gives three at
+    most."""
     threshold: float = Field(default=0.5, ge=0, le=1)
     """The least score that is kept."""
+    best_of: int = Field(default=1, ge=1)
+    """How many completions of a prompt are kept at most, the best."""
+    limit: int | None = Field(default=None, ge=1)
+    """How many samples are kept at most: in turn from each source, category and behaviour, the best of each first;
+    null keeps all."""
+    side_information: bool = False
+    """Whether a prompted judge is told what the prompt's label says, to agree or disagree with."""
+    max_tokens: int = Field(default=512, ge=64)
+    """The most tokens of a prompted judge's verdict, its own reasoning included."""
 
 
 class DistillSection(Section):
@@ -119,13 +148,35 @@ class EvaluateSection(Section):
     """Weights of the embedded server; the transformers engine uses `dtype`."""
     limit: int | None = Field(default=None, ge=1)
     """At most this many held-out prompts, balanced over behaviours; null takes all."""
-    second_judge: Literal["probe"] | None = None
-    """A judge that neither filters nor rewards; its figures stand beside the first one's."""
+    second_judge: str | None = None
+    """A judge that neither filters nor rewards, `probe` or a model; its figures stand beside the first one's."""
 
 
 class ReportSection(Section):
     samples: int = Field(default=3, ge=0)
     """Prompts a category that the report shows with all arms side by side."""
+
+
+class Price(Section):
+    prompt: float = Field(ge=0)
+    """For a million tokens that are sent."""
+    completion: float = Field(ge=0)
+    """For a million tokens that are written."""
+
+
+class LimitsSection(Section):
+    """What calls to models may take. The same for all models that a run calls; each has its own concurrency."""
+
+    concurrency: int = Field(default=64, ge=1)
+    """Calls to one model at once, at most; fewer while its server says that it is full."""
+    timeout_seconds: float = Field(default=600, gt=0)
+    """How long one try of a call may take."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """A run stops cleanly before its calls have taken more tokens than this, sent and written; null for no limit."""
+    max_cost: float | None = Field(default=None, gt=0)
+    """As max_tokens, in the unit of the prices; models without a price cost nothing."""
+    prices: dict[str, Price] = {}
+    """Prices by model name: {"anthropic/…": {"prompt": 3, "completion": 15}}."""
 
 
 class Recipe(Section):
@@ -143,6 +194,9 @@ class Recipe(Section):
     """The student: `smollm2`, a model folder, or a hub id."""
     spec: str = "starter:spec.md"
     """The written policy, in markdown."""
+    judge: str = "compact"
+    """Who grades in filter, rl and evaluate: `compact`, or a model as for `generate.teacher`."""
+    limits: LimitsSection = LimitsSection()
     prompts: PromptsSection = PromptsSection()
     generate: GenerateSection = GenerateSection()
     filter: FilterSection = FilterSection()
@@ -208,16 +262,22 @@ def _explain(path: Path, item: Any) -> str:
 
 def _absolute(recipe: Recipe, base: Path) -> Recipe:
     def find(name: str) -> str:
-        if name.startswith("starter:"):
+        if name.startswith(("starter:", "hub:")):
             return name
         return str((base / name).resolve())
 
     def find_model(name: str) -> str:
-        return find(name) if name.startswith((".", "/")) else name
+        return find(name) if name.startswith((".", "/")) or name.endswith(".gguf") else name
 
     given = recipe.prompts
     prompts = given.model_copy(
-        update={"train": find(given.train), "rl": given.rl and find(given.rl), "heldout": find(given.heldout)}
+        update={
+            "train": find(given.train),
+            "rl": given.rl and find(given.rl),
+            "heldout": find(given.heldout),
+            "labeller": given.labeller and find_model(given.labeller),
+            "lookalikes": given.lookalikes and find_model(given.lookalikes),
+        }
     )
     teacher = recipe.generate.teacher
     generate = recipe.generate.model_copy(
@@ -226,7 +286,15 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
             "teacher": teacher if teacher == "recorded" else find_model(teacher),
         }
     )
-    changes = {"spec": find(recipe.spec), "prompts": prompts, "generate": generate, "model": find_model(recipe.model)}
+    second = recipe.evaluate.second_judge
+    changes = {
+        "spec": find(recipe.spec),
+        "judge": find_model(recipe.judge),
+        "prompts": prompts,
+        "generate": generate,
+        "evaluate": recipe.evaluate.model_copy(update={"second_judge": second and find_model(second)}),
+        "model": find_model(recipe.model),
+    }
     return recipe.model_copy(update=changes)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -142,15 +142,41 @@ class StageFolder:
         return other
 
     def records(self, kind: type[R]) -> list[R]:
-        """The finished records; a torn last line (no newline, the process was killed in it) is cut off first."""
+        """The finished records, all of them held."""
+        return list(self.stream(kind))
+
+    def stream(self, kind: type[R]) -> Iterator[R]:
+        """The finished records one by one; a torn last line (the process was killed in it) is cut off first."""
+        for _, line in self._lines():
+            yield kind.model_validate_json(line)
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        """Where each whole line begins, and the line. What is appended meanwhile may or may not be among them."""
         if not self.records_path.exists():
-            return []
-        data = self.records_path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) != len(data):
-            with self.records_path.open("r+b") as handle:
-                handle.truncate(len(whole))
-        return [kind.model_validate_json(line) for line in whole.decode("utf-8").split("\n") if line]
+            return
+        self._heal()
+        place = 0
+        with self.records_path.open("rb") as handle:
+            for line in handle:
+                if line.endswith(b"\n") and line != b"\n":
+                    yield place, line
+                place += len(line)
+
+    def _heal(self) -> None:
+        """Cut off a last line without its newline."""
+        with self.records_path.open("r+b") as handle:
+            end = handle.seek(0, os.SEEK_END)
+            place = end
+            while place > 0:
+                step = min(65536, place)
+                handle.seek(place - step)
+                found = handle.read(step).rfind(b"\n")
+                if found >= 0:
+                    place += found + 1 - step
+                    break
+                place -= step
+            if place != end:
+                handle.truncate(place)
 
     def append(self, record: Record) -> None:
         try:
@@ -162,6 +188,22 @@ class StageFolder:
     def replace(self, records: Iterable[Record]) -> None:
         """Write all records anew, whole, in the given order."""
         write_whole(self.records_path, "".join(dump(r) + "\n" for r in records))
+
+    def rewrite(self, order: Iterable[str], kind: type[R], change: Callable[[R], R] = lambda record: record) -> None:
+        """Write the records anew, whole, in the order of their keys (`kind` has a `key`), each changed; of two with
+        one key the later counts, and a key without a record is left out. One record is held at a time."""
+        places = {str(kind.model_validate_json(line).key): place for place, line in self._lines()}  # type: ignore[attr-defined]
+        scratch = self.path / (RECORDS + ".part")
+        try:
+            with self.records_path.open("rb") as source, scratch.open("wb") as target:
+                for key in order:
+                    if key in places:
+                        source.seek(places[key])
+                        record = change(kind.model_validate_json(source.readline()))
+                        target.write(dump(record).encode() + b"\n")
+            scratch.replace(self.records_path)
+        except OSError as error:
+            raise disk_error(self.records_path, error) from error
 
     def finish(self, manifest: Manifest, outputs: list[str]) -> Manifest:
         hashes = {name: sha256(self.path / name) for name in outputs}
@@ -181,10 +223,14 @@ class Run:
 
     def finished(self, name: str, kind: type[R]) -> list[R]:
         """The records of a stage that is done. Raises UserError when it is not."""
+        return self.folder_of(name).records(kind)
+
+    def folder_of(self, name: str) -> StageFolder:
+        """The folder of a stage that is done. Raises UserError when it is not."""
         folder = self.stage(name)
         if folder.manifest() is None:
             raise UserError(f"{self.path}: stage {name} is not finished; run 'delib {name} --run {self.path}' first")
-        return folder.records(kind)
+        return folder
 
     def manifests(self, order: Iterable[str]) -> Iterator[Manifest]:
         for name in order:

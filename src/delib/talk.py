@@ -3,20 +3,23 @@
 import asyncio
 import json
 import shutil
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from delib import pipeline
 from delib import recipe as recipes
+from delib import sources
 from delib import spec as specs
 from delib.errors import UserError
 from delib.evals.scoring import metrics, values
 from delib.judges import agreement
-from delib.judges.compact import CompactJudge
-from delib.models import weights
+from delib.judges.prompted import PromptedJudge
+from delib.models import opened, weights
+from delib.opener import FITTED, Judge, Opener
 from delib.progress import bar
 from delib.recipe import Recipe
 from delib.records import Message, Metric
@@ -33,12 +36,13 @@ def recipe_of(model: str) -> Recipe:
 
 def chat(model: str, max_tokens: int) -> None:
     """Read lines, answer each with the whole conversation so far."""
-    source, recipe = weights.resolve(model), recipe_of(model)
+    recipe = recipe_of(model)
+    opener = Opener(recipe, specs.load(recipes.path_of(recipe.spec)))
     console = Console()
 
     async def talk() -> None:
         messages: list[Message] = []
-        async with pipeline.open_model(recipe, source, model, 4096) as opened:
+        async with opener.any(model, 4096) as answering:
             while True:
                 try:
                     line = await asyncio.to_thread(input, "you> ")
@@ -47,7 +51,7 @@ def chat(model: str, max_tokens: int) -> None:
                 if not line.strip():
                     return
                 messages.append(Message(role="user", content=line))
-                made = await opened.complete(messages, max_tokens=max_tokens, temperature=0.0, seed=0)
+                made = await answering.complete(messages, max_tokens=max_tokens, temperature=0.0, seed=0)
                 if made.reasoning:
                     console.print(made.reasoning, style="dim", markup=False, highlight=False)
                 console.print(made.answer or f"({made.finish}: no answer)", markup=False, highlight=False)
@@ -60,19 +64,29 @@ def evaluate_file(model: str, prompts: Path, out: Path | None, limit: int | None
     """Answer and grade a file of prompts; returns the table, writes figures and rows to `out`."""
     recipe = recipe_of(model)
     spec = specs.load(recipes.path_of(recipe.spec))
+    opener = Opener(recipe, spec)
     rows = prompts_stage.load(prompts, spec, "heldout")[:limit]
-    source = weights.resolve(model)
+    identity = model if opened.is_hosted(model) else sha256(weights.resolve(model))
+
+    @asynccontextmanager
+    async def first_judge() -> AsyncIterator[list[Judge]]:
+        async with opener.judge(recipe.judge) as judge:
+            yield [judge]
+
     place = out or Path(prompts.name)
     work = StageFolder(place.with_name(f"{place.name}.{Path(model).name}.work"))
-    work.begin(key_of([recipe.evaluate.model_dump(), limit], 0, {"model": sha256(source), "prompts": sha256(prompts)}))
-
-    def opened() -> AbstractAsyncContextManager[Any]:
-        return pipeline.open_model(recipe, source, model, 2048)
-
+    inputs = {"model": identity, "prompts": sources.identity(prompts)}
+    work.begin(key_of([recipe.evaluate.model_dump(), limit], 0, inputs))
     answered = evaluate.answer_all(
-        rows, opened, spec, work, what="eval", in_context=False, max_tokens=recipe.evaluate.max_tokens
+        rows,
+        partial(opener.any, model, 2048),
+        spec,
+        work,
+        what="eval",
+        in_context=False,
+        max_tokens=recipe.evaluate.max_tokens,
     )
-    graded = evaluate.grade(answered, [CompactJudge(spec)])
+    graded = evaluate.grade(answered, first_judge, opener.at_once)
     found = metrics(graded, spec, model, prompts.stem)
     if out is not None:
         data = {
@@ -114,12 +128,23 @@ def table(found: list[Metric]) -> str:
 
 def judge_check(judge: str, data: Path, as_json: bool) -> str:
     """Agreement of a judge with labelled answers: comply against the rest, and all four labels."""
-    if judge not in pipeline.JUDGES:
-        raise UserError(f"--judge {judge}: no such judge; {' and '.join(pipeline.JUDGES)} are there")
+    if judge not in FITTED:
+        try:
+            opened.check(judge)
+        except UserError as error:
+            known = " and ".join(FITTED)
+            raise UserError(f"--judge {judge}: no such judge; {known} are there, or {error}") from None
     rows = agreement.load(data)
-    opened = pipeline.JUDGES[judge](specs.load(recipes.STARTER / "spec.md"))
+    opener = Opener(recipes.load(recipes.QUICKSTART), specs.load(recipes.STARTER / "spec.md"))
+
+    async def work(step: Callable[[], None]) -> dict[str, Any]:
+        async with opener.judge(judge) as asked:
+            if isinstance(asked, PromptedJudge):
+                return await agreement.ask(asked, rows, opener.at_once, step)
+            return agreement.measure(asked, rows, step)
+
     with bar("judge-check", len(rows)) as ticker:
-        result = agreement.measure(opened, rows, ticker.step)
+        result = asyncio.run(work(ticker.step))
     if as_json:
         return json.dumps(result) + "\n"
     lines = [f"{k}: {v:.3f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items() if k != "rows"]

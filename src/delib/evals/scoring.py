@@ -34,7 +34,7 @@ def verdict_of(sample: Sample, judge: str | None) -> Verdict | None:
     """The verdict of a judge by its name, the first one's for None. A member's name is the judge's and a number."""
     if judge is None:
         return sample.verdicts[0] if sample.verdicts else None
-    return next((v for v in sample.verdicts if v.judge.split("-")[0] == judge), None)
+    return next((v for v in sample.verdicts if judge in (v.judge, v.judge.rpartition("-")[0])), None)
 
 
 def values(sample: Sample, spec: Spec, judge: str | None = None) -> dict[str, float | None]:

@@ -189,7 +189,7 @@ class CompactJudge:
         found = _behaviours(frozenset()).predict(messages, answer)
         return LABELS[int(found.argmax())], dict(zip(LABELS, found.tolist(), strict=True))  # type: ignore[return-value]
 
-    def grade(
+    async def grade(
         self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], runs: int
     ) -> list[Verdict]:
         """`runs` verdicts (at most 3, one a member). Ungraded when nothing says which behaviour is required."""

@@ -142,7 +142,7 @@ class ProbeJudge:
         found[member.classes_] = member.predict_proba(seen[None])[0]
         return LABELS[int(found.argmax())], dict(zip(LABELS, found.tolist(), strict=True))
 
-    def grade(
+    async def grade(
         self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], runs: int
     ) -> list[Verdict]:
         """`runs` times the same verdict, on the answer alone. Ungraded when nothing says which behaviour it needs."""

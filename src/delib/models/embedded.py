@@ -6,17 +6,19 @@ is sent is what was trained on. The weights are quantised for speed; the recipe 
 
 import asyncio
 import hashlib
+import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
-
 from delib import chat
 from delib.models import weights
-from delib.records import Completion, Message
+from delib.models.calls import CallError, PassingError, Reply
+from delib.models.endpoint import Endpoint
+from delib.records import Message
+from delib.run import sha256
 
 SLOTS = 16
 """Requests that decode side by side, each with its own part of the cache: in one unified cache every token also attends
@@ -24,36 +26,37 @@ to the other requests' places, 127 tokens/s instead of 182 on two cores (docs/re
 
 
 class EmbeddedModel:
-    """A running server with the tokenizer of its model. `complete` may be called by many tasks at once."""
+    """A running server with the tokenizer of its model: a Backend (`calls.py`)."""
 
-    def __init__(self, name: str, address: str, tokenizer: Any, session: Any) -> None:
-        self.name, self.address, self.tokenizer, self.session = name, address, tokenizer, session
+    def __init__(self, name: str, identity: str, address: str, tokenizer: Any, session: Any) -> None:
+        self.name, self.identity = name, identity
+        self._address, self._tokenizer, self._session = address, tokenizer, session
 
-    async def complete(self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int) -> Completion:
-        """One completion. Raises aiohttp.ClientError after three tries at a server that does not answer."""
+    def sent(self, messages: list[Message]) -> str:
+        return chat.render(self._tokenizer, messages)
+
+    async def attempt(self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int) -> Reply:
         import aiohttp
 
-        sent = chat.render(self.tokenizer, messages)
         body = {
-            "prompt": self.tokenizer.encode(sent, add_special_tokens=False),
+            "prompt": self._tokenizer.encode(self.sent(messages), add_special_tokens=False),
             "n_predict": max_tokens,
             "temperature": temperature,
             "seed": seed,
             "cache_prompt": True,
         }
-        async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type(aiohttp.ClientConnectionError),
-            stop=stop_after_attempt(3),
-            wait=wait_exponential(multiplier=0.5),
-            reraise=True,
-        ):
-            with attempt:
-                async with self.session.post(f"{self.address}/completion", json=body) as reply:
-                    reply.raise_for_status()
-                    data = await reply.json()
+        try:
+            async with self._session.post(f"{self._address}/completion", json=body) as reply:
+                if reply.status != 200:
+                    raise CallError(f"{self.name}: {reply.status} {(await reply.text())[:300]}")
+                data = await reply.json()
+        except aiohttp.ClientConnectionError as error:
+            raise PassingError(f"{type(error).__name__}: {error}") from error
         usage = {"prompt": data["tokens_evaluated"], "completion": data["tokens_predicted"]}
-        cut = data["stop_type"] == "limit"
-        return chat.completion(data["content"], sent=sent, model=self.name, cut=cut, usage=usage, seed=seed)
+        return Reply(data["content"], None, data["stop_type"] == "limit", usage)
+
+    async def close(self) -> None:
+        """The server ends with `serve`."""
 
 
 def _free_port() -> int:
@@ -82,32 +85,58 @@ def _gguf_of(folder: Path, quantisation: str) -> Path:
     return target
 
 
+def _parameters(file: Path, context_tokens: int) -> Any:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.hostnames = ["127.0.0.1"]
+    params.port = _free_port()
+    params.n_parallel = SLOTS
+    params.kv_unified = False
+    params.n_ctx = SLOTS * context_tokens
+    params.n_batch = 2048
+    params.ctx_shift = False
+    params.verbosity = -1
+    params.warmup = False
+    return params
+
+
 @asynccontextmanager
 async def serve(folder: Path, *, name: str, quantisation: str, context_tokens: int) -> AsyncIterator[EmbeddedModel]:
     """Start a server for a model folder and stop it at the end.
 
-    `context_tokens`: room for prompt and completion of one request, in tokens.
+    `context_tokens`: room for prompt and completion of one request, in tokens; never more than the model was made for.
     """
     import aiohttp
     import xllamacpp
     from transformers import AutoTokenizer
 
-    params = xllamacpp.CommonParams()
-    params.model.path = str(_gguf_of(folder, quantisation))
-    params.hostnames = ["127.0.0.1"]
-    params.port = _free_port()
-    params.n_parallel = SLOTS
-    params.kv_unified = False
-    params.n_ctx = min(SLOTS * context_tokens, SLOTS * 2048)
-    params.n_batch = 2048
-    params.ctx_shift = False
-    params.verbosity = -1
-    params.warmup = False
+    most = int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
+    params = _parameters(_gguf_of(folder, quantisation), min(context_tokens, most))
     server = await asyncio.to_thread(xllamacpp.Server, params)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    identity = f"{await asyncio.to_thread(sha256, folder)} {quantisation}"
     timeout = aiohttp.ClientTimeout(total=None, sock_read=1800)
     try:
         async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=SLOTS)) as session:
-            yield EmbeddedModel(name, server.listening_address, tokenizer, session)
+            yield EmbeddedModel(name, identity, server.listening_address, tokenizer, session)
     finally:
+        del server
+
+
+@asynccontextmanager
+async def serve_gguf(file: Path, *, context_tokens: int, seconds: float) -> AsyncIterator[Endpoint]:
+    """Start a server for any GGUF file that llama.cpp takes, spoken to with the chat template in the file."""
+    import xllamacpp
+
+    params = _parameters(file, context_tokens)
+    params.use_jinja = True
+    server = await asyncio.to_thread(xllamacpp.Server, params)
+    identity = await asyncio.to_thread(sha256, file)
+    backend = Endpoint(str(file), f"{server.listening_address}/v1", None, file.name, seconds=seconds, identity=identity)
+    try:
+        yield backend
+    finally:
+        await backend.close()
         del server

@@ -7,25 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from delib import chat
-from delib.records import Completion, Message
+from delib.models.calls import Reply
+from delib.records import Message
+from delib.run import sha256
 
 
 class LocalModel:
-    """One model in this process; calls are made one after another."""
+    """One model in this process; calls are made one after another. A Backend (`calls.py`)."""
 
-    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
-        self.name, self.model, self.tokenizer = name, model, tokenizer
+    def __init__(self, name: str, identity: str, model: Any, tokenizer: Any) -> None:
+        self.name, self.identity, self.model, self.tokenizer = name, identity, model, tokenizer
         self._turn = asyncio.Lock()
 
-    async def complete(self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int) -> Completion:
+    def sent(self, messages: list[Message]) -> str:
+        return chat.render(self.tokenizer, messages)
+
+    async def attempt(self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int) -> Reply:
         async with self._turn:
             return await asyncio.to_thread(self._generate, messages, max_tokens, temperature, seed)
 
-    def _generate(self, messages: list[Message], max_tokens: int, temperature: float, seed: int) -> Completion:
+    def _generate(self, messages: list[Message], max_tokens: int, temperature: float, seed: int) -> Reply:
         import torch
 
-        sent = chat.render(self.tokenizer, messages)
-        inputs = self.tokenizer(sent, add_special_tokens=False, return_tensors="pt").to(self.model.device)
+        inputs = self.tokenizer(self.sent(messages), add_special_tokens=False, return_tensors="pt")
+        inputs = inputs.to(self.model.device)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         torch.manual_seed(seed)
         with torch.inference_mode():
@@ -36,8 +41,10 @@ class LocalModel:
         ids = made[0, length:].tolist()
         ended = bool(ids) and ids[-1] == self.tokenizer.eos_token_id
         text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
-        usage = {"prompt": length, "completion": len(ids)}
-        return chat.completion(text, sent=sent, model=self.name, cut=not ended, usage=usage, seed=seed)
+        return Reply(text, None, not ended, {"prompt": length, "completion": len(ids)})
+
+    async def close(self) -> None:
+        """Nothing to close: the weights go with the object."""
 
 
 @asynccontextmanager
@@ -48,4 +55,5 @@ async def load(folder: Path, *, name: str, device: str, dtype: str) -> AsyncIter
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    yield LocalModel(name, model.to(device).eval(), tokenizer)
+    identity = f"{await asyncio.to_thread(sha256, folder)} {device} {dtype}"
+    yield LocalModel(name, identity, model.to(device).eval(), tokenizer)

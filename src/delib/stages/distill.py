@@ -8,6 +8,7 @@ points at text that is gone ("the policy above").
 import itertools
 import random
 import re
+from collections.abc import Iterable
 
 from delib.errors import StageError
 from delib.judges.reading import points_at_gone_text
@@ -30,9 +31,16 @@ def leaks(examples: list[Example], spec: Spec) -> list[str]:
     return [e.prompt_id for e in examples if any(shingles(m.content) & policy for m in e.messages)]
 
 
-def run(samples: list[Sample], spec: Spec, folder: StageFolder, *, plain_share: float, seed: int) -> Manifest:
-    """Write the Examples."""
-    kept = [s for s in samples if s.kept and s.completion is not None]
+def run(samples: Iterable[Sample], spec: Spec, folder: StageFolder, *, plain_share: float, seed: int) -> Manifest:
+    """Write the Examples. Of the samples only those that were kept are held."""
+    seen = 0
+    kept: list[Sample] = []
+    for sample in samples:
+        seen += 1
+        if sample.kept and sample.completion is not None:
+            # What was sent and what the judge said are long, and of no use here.
+            bare = sample.completion.model_copy(update={"sent": ""})
+            kept.append(sample.model_copy(update={"completion": bare, "verdicts": []}))
     sound = [s for s in kept if not points_at_gone_text(s.completion.reasoning or "")]  # type: ignore[union-attr]
     plain = [s for s in sound if s.prompt.category is None]
     policy = [s for s in sound if s.prompt.category is not None]
@@ -54,7 +62,7 @@ def run(samples: list[Sample], spec: Spec, folder: StageFolder, *, plain_share: 
         raise StageError(f"distill: text of the spec stands in the messages of {', '.join(leaked[:5])}; it must not")
     folder.replace(examples)
     counts = {
-        "in": len(samples),
+        "in": seen,
         "out": len(examples),
         "dropped": len(kept) - len(examples),
         "gone_text": len(kept) - len(sound),

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 from delib.errors import StageError
 from delib.evals.scoring import by_judge, metrics
+from delib.models.calls import side_by_side
 from delib.progress import bar
 from delib.records import Completion, Manifest, Message, Metric, Prompt, Sample, Verdict
 from delib.run import StageFolder
@@ -21,16 +22,19 @@ MAX_FAILURE_RATE = 0.1
 
 class Model(Protocol):
     async def complete(
-        self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int
+        self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int, index: int = 0
     ) -> Completion: ...
 
 
 class Judge(Protocol):
     name: str
 
-    def grade(
+    async def grade(
         self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], runs: int
     ) -> list[Verdict]: ...
+
+
+OpenedJudges = Callable[[], AbstractAsyncContextManager[Sequence[Judge]]]
 
 
 def balanced(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
@@ -100,28 +104,41 @@ def answer_all(
     return [have[p.id] for p in prompts]
 
 
-def grade(samples: list[Sample], judges: Sequence[Judge]) -> list[Sample]:
+def grade(samples: list[Sample], opened: OpenedJudges, at_once: int) -> list[Sample]:
     """The samples with one verdict of each judge on the answer; what failed to generate stays without."""
-    graded = []
-    for sample in samples:
-        if sample.completion is not None:
-            verdicts = [v for judge in judges for v in judge.grade(sample.prompt, sample.completion, "answer", 1)]
-            sample = sample.model_copy(update={"verdicts": verdicts})
-        graded.append(sample)
-    return graded
+    graded = {s.key: s for s in samples}
+
+    async def work() -> None:
+        async with opened() as judges:
+
+            async def one(sample: Sample) -> None:
+                made = sample.completion
+                assert made is not None
+                found = [v for j in judges for v in await j.grade(sample.prompt, made, "answer", 1)]
+                graded[sample.key] = sample.model_copy(update={"verdicts": found})
+
+            await side_by_side((s for s in samples if s.completion is not None), one, at_once)
+
+    asyncio.run(work())
+    return [graded[s.key] for s in samples]
 
 
 def run_arm(
     arm: str,
     prompts: list[Prompt],
     opened: Callable[[], AbstractAsyncContextManager[Model]],
-    judges: Sequence[Judge],
+    judges: OpenedJudges,
+    names: Sequence[str],
     spec: Spec,
     folder: StageFolder,
     *,
     max_tokens: int,
+    at_once: int,
 ) -> list[Metric]:
-    """One arm: answers, verdicts, figures; the first judge's, and beside them the judged ones by each other judge."""
+    """One arm: answers, verdicts, figures; the first judge's, and beside them the judged ones by each other judge.
+
+    `names`: the judges', the first one first. `at_once`: answers that are graded side by side.
+    """
     place = StageFolder(folder.path / arm)
     answered = answer_all(
         prompts,
@@ -132,9 +149,9 @@ def run_arm(
         in_context=arm == "base_spec",
         max_tokens=max_tokens,
     )
-    graded = grade(answered, judges)
+    graded = grade(answered, judges, at_once)
     place.replace(graded)
-    return metrics(graded, spec, arm) + [m for other in judges[1:] for m in by_judge(graded, spec, arm, other.name)]
+    return metrics(graded, spec, arm) + [m for other in names[1:] for m in by_judge(graded, spec, arm, other)]
 
 
 def close(found: list[Metric], samples: int, tokens: int, judges: list[str]) -> Manifest:

@@ -1,12 +1,15 @@
 """Stage 2, generate: the teacher writes reasoning and answer with the excerpt of the prompt's category in its context.
 
 In: training prompts. Out: Samples with a completion each, or with a failure. A recorded teacher replays what it has;
-a live one is given `prompts/teacher.md`. A finished sample is on disk at once and is never made again.
+a live one is given `prompts/teacher.md`. A finished sample is on disk at once and is never made again, and is handed
+on at once, so that judging need not wait for the last one.
 """
 
 import asyncio
-from collections.abc import Callable
+import itertools
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +17,7 @@ import jinja2
 
 from delib.errors import StageError
 from delib.models import recorded
+from delib.models.calls import side_by_side
 from delib.progress import bar
 from delib.records import Completion, Manifest, Message, Prompt, Sample
 from delib.run import StageFolder
@@ -24,21 +28,26 @@ TEMPLATE = Path(__file__).parent.parent / "prompts" / "teacher.md"
 
 class Teacher(Protocol):
     async def complete(
-        self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int
+        self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int, index: int
     ) -> Completion: ...
+
+
+@lru_cache(maxsize=1)
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def teacher_messages(prompt: Prompt, excerpt: str) -> list[Message]:
     """What a live teacher is asked: the template with the excerpt and the conversation."""
-    template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
-    return [Message(role="user", content=template.render(excerpt=excerpt, messages=prompt.messages))]
+    return [Message(role="user", content=_template().render(excerpt=excerpt, messages=prompt.messages))]
 
 
 def replay(
     prompts: list[Prompt], recordings: dict[str, list[recorded.Recording]], spec: Spec, folder: StageFolder
 ) -> Manifest:
     """Samples from recorded completions. A prompt without a recording is a failure of that sample."""
-    done = {s.key for s in folder.records(Sample)}
+    done = {s.key for s in folder.stream(Sample)}
     samples: list[Sample] = []
     for prompt in prompts:
         excerpt_id = spec.excerpt_id(prompt.category)
@@ -61,7 +70,7 @@ def replay(
 
 def live(
     prompts: list[Prompt],
-    opened: Callable[[], AbstractAsyncContextManager[Teacher]],
+    opened: Callable[[], AbstractAsyncContextManager[tuple[Teacher, Callable[[Sample], Awaitable[None]]]]],
     spec: Spec,
     folder: StageFolder,
     *,
@@ -70,51 +79,68 @@ def live(
     temperature: float,
     seed: int,
     max_failure_rate: float,
+    at_once: int,
 ) -> Manifest:
-    """Samples from a live teacher, `samples` a prompt, each with its own seed."""
-    done = {s.key for s in folder.records(Sample) if s.failure is None}
-    folder.replace([s for s in folder.records(Sample) if s.failure is None])
-    todo = [(p, i) for p in prompts for i in range(samples) if f"{p.id}#{i}" not in done]
+    """Samples from a live teacher, `samples` a prompt, each with its own seed.
 
-    async def one(teacher: Teacher, prompt: Prompt, index: int) -> None:
+    `opened` gives the teacher, and what each finished sample is handed to, those of an earlier try first. `at_once`:
+    samples that are worked on side by side.
+    """
+    earlier, done = 0, set()
+    for sample in folder.stream(Sample):
+        earlier += 1
+        if sample.failure is None:
+            done.add(sample.key)
+    order = [f"{p.id}#{i}" for p in prompts for i in range(samples)]
+
+    async def work() -> None:
+        with bar("generate", len(order), len(done)) as ticker:
+            async with opened() as (teacher, hand_on):
+
+                async def one(item: tuple[Prompt, int] | Sample) -> None:
+                    if isinstance(item, Sample):
+                        await hand_on(item)
+                        return
+                    prompt, index = item
+                    sample = await write(prompt, index, teacher)
+                    folder.append(sample)
+                    ticker.step()
+                    await hand_on(sample)
+
+                def items() -> Iterator[tuple[Prompt, int] | Sample]:
+                    yield from (s for s in itertools.islice(folder.stream(Sample), earlier) if s.failure is None)
+                    yield from ((p, i) for p in prompts for i in range(samples) if f"{p.id}#{i}" not in done)
+
+                await side_by_side(items(), one, at_once)
+
+    async def write(prompt: Prompt, index: int, teacher: Teacher) -> Sample:
         sample = Sample(prompt=prompt, index=index, excerpt_id=spec.excerpt_id(prompt.category), completion=None)
         messages = teacher_messages(prompt, spec.excerpt(prompt.category))
         try:
             made = await teacher.complete(
-                messages, max_tokens=max_tokens, temperature=temperature, seed=seed * 100_003 + index
+                messages, max_tokens=max_tokens, temperature=temperature, seed=seed * 100_003 + index, index=index
             )
-            folder.append(sample.model_copy(update={"completion": made}))
         except (OSError, KeyError, ValueError) as error:
-            folder.append(sample.model_copy(update={"failure": f"{type(error).__name__}: {error}"}))
+            return sample.model_copy(update={"failure": f"{type(error).__name__}: {error}"})
+        return sample.model_copy(update={"completion": made})
 
-    async def all_of_them() -> None:
-        with bar("generate", len(todo) + len(done), len(done)) as ticker:
-            async with opened() as teacher:
-                limit = asyncio.Semaphore(64)
-
-                async def bounded(prompt: Prompt, index: int) -> None:
-                    async with limit:
-                        await one(teacher, prompt, index)
-                        ticker.step()
-
-                await asyncio.gather(*(bounded(p, i) for p, i in todo))
-
-    if todo:
-        asyncio.run(all_of_them())
-    order = {p.id: n for n, p in enumerate(prompts)}
-    made: list[Sample] = folder.records(Sample)
-    made.sort(key=lambda s: (order[s.prompt.id], s.index))
-    folder.replace(made)
+    if len(done) < len(order):
+        asyncio.run(work())
+    folder.rewrite(order, Sample)
     return close(folder, len(prompts), max_failure_rate)
 
 
 def close(folder: StageFolder, prompts: int, max_failure_rate: float) -> Manifest:
     """Count, and stop when too many failed."""
-    made = folder.records(Sample)
-    failed = [s for s in made if s.failure is not None]
-    if (made and len(failed) / len(made) > max_failure_rate) or len(failed) == len(made):
-        causes = "; ".join(f"{s.prompt.id}: {s.failure}" for s in failed[:3])
-        raise StageError(f"generate: {len(failed)} of {len(made)} samples failed, first {causes}")
-    tokens = sum(s.completion.usage.get("completion", 0) for s in made if s.completion)
-    counts = {"in": prompts, "out": len(made) - len(failed), "failed": len(failed)}
+    made = tokens = 0
+    failed: list[str] = []
+    for sample in folder.stream(Sample):
+        made += 1
+        if sample.failure is not None:
+            failed.append(f"{sample.prompt.id}: {sample.failure}")
+        elif sample.completion is not None:
+            tokens += sample.completion.usage.get("completion", 0)
+    if (made and len(failed) / made > max_failure_rate) or len(failed) == made:
+        raise StageError(f"generate: {len(failed)} of {made} samples failed, first {'; '.join(failed[:3])}")
+    counts = {"in": prompts, "out": made - len(failed), "failed": len(failed)}
     return Manifest(stage="generate", recipe="", inputs={}, outputs={}, counts=counts, tokens=tokens)

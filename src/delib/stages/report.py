@@ -60,10 +60,12 @@ def run(
     judges: list[str],
     agreements: list[dict[str, Any]],
     blind: Mapping[str, list[Sample]],
+    spent: Mapping[str, Mapping[str, int]],
 ) -> Manifest:
     """Write the report. `judges`: those of the evaluation, the one that also filtered and rewarded first, and in
     `agreements` how far each agrees with labelled answers that it was not fitted on. `blind`: the samples of each arm
-    that were drawn for blind labels, with the label as a further verdict; empty where nobody labelled any."""
+    that were drawn for blind labels, with the label as a further verdict; empty where nobody labelled any. `spent`: what the run's calls to
+    models took, by model (`models/calls.py`)."""
     manifests = {m.stage: m for m in run.manifests(s for s in stages if s != "report")}
     found = [
         Metric.model_validate(row)
@@ -97,7 +99,8 @@ def run(
         "blind_agreements": blind_agreements([s for rows in blind.values() for s in rows], judges),
         "manifests": manifests,
         "total_seconds": sum(m.seconds for m in manifests.values()),
-        "funnel": manifests["filter"].detail,
+        "funnel": {"agreement": None} | manifests["filter"].detail,
+        "spent": spent,
         "by": breakdown(found, arms),
         "scatter": scatter(whole, list(arms)),
         "curves": curves(manifests),

@@ -5,10 +5,12 @@ manifest. The reasoning is hidden from the judge, so that no pressure is put on 
 paper does not disclose algorithm or sizes; GRPO here, harmful, look-alike and plain prompts in equal parts.
 """
 
+import asyncio
 import itertools
 import os
 import random
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,9 +28,13 @@ MALFORMED_REWARD = 0.0
 
 
 class Judge(Protocol):
-    def grade(
+    async def grade(
         self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], runs: int
     ) -> list[Verdict]: ...
+
+
+Grade = Callable[[list[tuple[Prompt, Completion]]], list[list[Verdict]]]
+"""Grades the answers of one step; `run` makes it of a Judge, whose calls then run side by side."""
 
 
 def mixed(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
@@ -46,7 +52,7 @@ def mixed(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
 
 
 def reward_function(
-    prompts: dict[str, Prompt], judge: Judge, spec: Spec, tokenizer: Any, ends: set[int], folder: StageFolder
+    prompts: dict[str, Prompt], grade: Grade, spec: Spec, tokenizer: Any, ends: set[int], folder: StageFolder
 ) -> Callable[..., list[float | None]]:
     """The one reward: minimum of the judge's verdict on the ANSWER; None (no reward) when the judge failed.
 
@@ -58,24 +64,30 @@ def reward_function(
     def judged_answer(
         prompts_sent: list[str], completion_ids: list[list[int]], prompt_id: list[str], trainer_state: Any, **_: Any
     ) -> list[float | None]:
-        rewards: list[float | None] = []
-        for place, (sent, ids, ident) in enumerate(zip(prompts_sent, completion_ids, prompt_id, strict=True)):
+        made: list[Completion] = []
+        for sent, ids in zip(prompts_sent, completion_ids, strict=True):
             ended = bool(ids) and ids[-1] in ends
             text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
-            made = chat.completion(text, sent=sent, model="student", cut=not ended, usage={"completion": len(ids)})
-            prompt = prompts[ident]
-            verdicts: list[Verdict] = []
+            made.append(
+                chat.completion(text, sent=sent, model="student", cut=not ended, usage={"completion": len(ids)})
+            )
+        whole = [place for place, completion in enumerate(made) if completion.finish == "stop"]
+        shown = [
+            (prompts[prompt_id[p]], made[p].model_copy(update={"reasoning": None, "text": made[p].answer}))
+            for p in whole
+        ]
+        found = dict(zip(whole, grade(shown) if shown else [], strict=True))
+        rewards: list[float | None] = []
+        for place, (completion, ident) in enumerate(zip(made, prompt_id, strict=True)):
+            verdicts = found.get(place, [])
             reward: float | None = MALFORMED_REWARD
-            if made.finish == "stop":
-                hidden = made.model_copy(update={"reasoning": None, "text": made.answer})
-                verdicts = judge.grade(prompt, hidden, "answer", 1)
+            if place in found:
                 reward = None if any(v.score is None for v in verdicts) else min(v.score or 0.0 for v in verdicts)
-            index = trainer_state.global_step * len(completion_ids) + place
             sample = Sample(
-                prompt=prompt,
-                index=index,
-                excerpt_id=spec.excerpt_id(prompt.category),
-                completion=made,
+                prompt=prompts[ident],
+                index=trainer_state.global_step * len(completion_ids) + place,
+                excerpt_id=spec.excerpt_id(prompts[ident].category),
+                completion=completion,
                 verdicts=verdicts,
                 failure=None if reward is not None else "ungraded",
             )
@@ -90,8 +102,31 @@ def reward_function(
     return judged
 
 
-def run(recipe: Recipe, prompts: list[Prompt], judge: Judge, spec: Spec, start: Path, folder: StageFolder) -> Manifest:
-    """Train from the SFT model, and leave the result in `checkpoint/`."""
+def run(
+    recipe: Recipe,
+    prompts: list[Prompt],
+    opened: Callable[[], AbstractAsyncContextManager[Judge]],
+    spec: Spec,
+    start: Path,
+    folder: StageFolder,
+) -> Manifest:
+    """Train from the SFT model, and leave the result in `checkpoint/`. `opened` gives the judge.
+
+    The judge lives in a loop of its own, in another thread, for the whole stage: a server behind it starts once.
+    """
+    from anyio.from_thread import start_blocking_portal
+
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(opened()) as judge:
+
+        async def each(shown: list[tuple[Prompt, Completion]]) -> list[list[Verdict]]:
+            return await asyncio.gather(*(judge.grade(prompt, made, "answer", 1) for prompt, made in shown))
+
+        return _train(recipe, prompts, lambda shown: portal.call(each, shown), spec, start, folder)
+
+
+def _train(
+    recipe: Recipe, prompts: list[Prompt], grade: Grade, spec: Spec, start: Path, folder: StageFolder
+) -> Manifest:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -138,7 +173,7 @@ def run(recipe: Recipe, prompts: list[Prompt], judge: Judge, spec: Spec, start: 
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        reward_funcs=reward_function(by_id, judge, spec, tokenizer, ends, folder),
+        reward_funcs=reward_function(by_id, grade, spec, tokenizer, ends, folder),
     )
     last = weights.last_checkpoint(scratch)
     graded_steps = int(last.name.rsplit("-", 1)[1]) if last else 0

@@ -1,0 +1,42 @@
+"""The one cache of finished calls: `calls.sqlite` in delib's cache folder, shared by all stages and all runs.
+
+A call's key is a hash of everything its reply depends on, so that a reply is found again exactly by the same call, and
+no key or secret is in the file. Several processes may use it at once.
+"""
+
+import sqlite3
+from pathlib import Path
+
+from delib.errors import StageError
+from delib.models.weights import cache_dir
+
+FILE = "calls.sqlite"
+WAIT_SECONDS = 60
+"""How long a write waits for another process's."""
+
+
+class Cache:
+    """Replies by key, on disk. Safe against kill -9: a reply is there whole or not at all."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or cache_dir() / FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._rows = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
+        self._rows.execute("PRAGMA journal_mode=WAL")
+        # With a write-ahead log this can lose the last replies to a power cut, never to a killed process.
+        self._rows.execute("PRAGMA synchronous=NORMAL")
+        self._rows.execute("CREATE TABLE IF NOT EXISTS calls (key TEXT PRIMARY KEY, reply TEXT) WITHOUT ROWID")
+
+    def get(self, key: str) -> str | None:
+        found = self._rows.execute("SELECT reply FROM calls WHERE key = ?", (key,)).fetchone()
+        return None if found is None else str(found[0])
+
+    def put(self, key: str, reply: str) -> None:
+        """Raises StageError when the disk is full or read-only."""
+        try:
+            self._rows.execute("INSERT OR REPLACE INTO calls VALUES (?, ?)", (key, reply))
+        except sqlite3.OperationalError as error:
+            raise StageError(f"{self.path}: {error}; what was finished stands, mend it and run it again") from error
+
+    def close(self) -> None:
+        self._rows.close()

@@ -1,0 +1,91 @@
+"""Which way a model's name goes, and the model behind it, ready to be called.
+
+- `openai-api/SERVICE/MODEL`, and `vllm/MODEL` with VLLM_BASE_URL set: the endpoint itself (`endpoint.py`);
+- another name whose first part is a provider of inspect_ai (`anthropic/…`, `hf/…`): through inspect_ai;
+- `….gguf`: an embedded llama.cpp server with the template in the file;
+- `smollm2`, a model folder, a hub id: here, by the recipe's engine.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from delib.errors import UserError
+from delib.models import embedded, local, weights
+from delib.models.cache import Cache
+from delib.models.calls import Backend, Caller, Ledger
+from delib.models.endpoint import Endpoint, address_of
+from delib.recipe import Recipe
+
+
+@lru_cache(maxsize=1)
+def providers() -> frozenset[str]:
+    """The first parts of the model names that inspect_ai takes."""
+    from inspect_ai._util.registry import registry_find, registry_unqualified_name
+    from inspect_ai.model import get_model  # noqa: F401 - registers the providers
+
+    return frozenset(registry_unqualified_name(found) for found in registry_find(lambda info: info.type == "modelapi"))
+
+
+def is_hosted(name: str) -> bool:
+    """Whether a model of this name is called and not loaded from a folder."""
+    first, slash, _ = name.partition("/")
+    if not slash or not first or first.startswith(".") or Path(name).exists():
+        return False
+    return first in ("openai-api", "vllm") or first in providers()
+
+
+def check(name: str) -> None:
+    """Raises UserError for a name that can't be opened, before any compute. Nothing is fetched or loaded."""
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise UserError(f"{name}: no such GGUF file; check the path")
+    elif is_hosted(name):
+        address_of(name)
+    elif name != weights.SMOLLM2 and (name.startswith(("/", ".")) or name.count("/") != 1 or Path(name).is_dir()):
+        weights.resolve(name)  # a hub id is fetched when it is needed
+
+
+@asynccontextmanager
+async def open_model(
+    recipe: Recipe, name: str, ledger: Ledger, cache: Cache | None, *, context_tokens: int
+) -> AsyncIterator[Caller]:
+    """A model by its name. `context_tokens`: the most that prompt and completion of one call may have."""
+    seconds = ledger.limits.timeout_seconds
+    if name.endswith(".gguf"):
+        check(name)
+        async with embedded.serve_gguf(Path(name), context_tokens=context_tokens, seconds=seconds) as served:
+            caller = Caller(served, cache, ledger)
+            yield caller
+            ledger.write()
+    elif is_hosted(name):
+        caller = Caller(_hosted(name, seconds), cache, ledger)
+        try:
+            yield caller
+        finally:
+            await caller.close()
+    else:
+        folder = weights.resolve(name)
+        async with open_folder(recipe, folder, name, context_tokens) as backend:
+            yield Caller(backend, cache, ledger)
+
+
+def _hosted(name: str, seconds: float) -> Backend:
+    direct = address_of(name)
+    if direct is not None:
+        return Endpoint(name, *direct, seconds=seconds)
+    from delib.models.inspected import Inspected
+
+    return Inspected(name, seconds=seconds)
+
+
+def open_folder(
+    recipe: Recipe, folder: Path, name: str, context_tokens: int
+) -> AbstractAsyncContextManager[embedded.EmbeddedModel | local.LocalModel]:
+    """The model in a folder, by the recipe's engine; what llama.cpp can't take runs on transformers."""
+    if recipe.engine == "llamacpp" and weights.can_serve(folder):
+        return embedded.serve(
+            folder, name=name, quantisation=recipe.evaluate.quantisation, context_tokens=context_tokens
+        )
+    return local.load(folder, name=name, device=recipe.device, dtype=recipe.dtype)

@@ -1,0 +1,92 @@
+"""Opens models and judges by their names for one recipe: one cache, one set of limits, one ledger."""
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from delib.judges.compact import CompactJudge
+from delib.judges.probe import ProbeJudge
+from delib.judges.prompted import PromptedJudge
+from delib.models import opened, weights
+from delib.models.cache import Cache
+from delib.models.calls import Caller, Ledger, estimated_tokens
+from delib.recipe import LimitsSection, Recipe
+from delib.spec import Spec
+
+FITTED: dict[str, type[CompactJudge] | type[ProbeJudge]] = {"compact": CompactJudge, "probe": ProbeJudge}
+"""The judges that are no models to be called."""
+Judge = CompactJudge | ProbeJudge | PromptedJudge
+CONVERSATION_TOKENS = 2048
+"""Room for the conversation in a call of teacher or judge."""
+
+
+class Opener:
+    """`spent`: the file of the ledger, which outlives the process; None keeps it in memory."""
+
+    def __init__(self, recipe: Recipe, spec: Spec, spent: Path | None = None) -> None:
+        self.recipe, self.spec = recipe, spec
+        self.ledger, self.cache = Ledger(recipe.limits, spent), Cache()
+
+    @property
+    def at_once(self) -> int:
+        """Samples that are worked on side by side: enough that both the teacher and the judge are busy."""
+        return 2 * self.recipe.limits.concurrency
+
+    @property
+    def context_tokens(self) -> int:
+        """Room for the longest excerpt, a long conversation and a completion of teacher or judge."""
+        longest = max(estimated_tokens(self.spec.excerpt(c.name)) for c in self.spec.categories)
+        return longest + CONVERSATION_TOKENS + max(self.recipe.generate.max_tokens, self.recipe.filter.max_tokens)
+
+    def model(self, name: str) -> AbstractAsyncContextManager[Caller]:
+        """A model by its name, under the recipe's limits; what it costs goes into the ledger."""
+        return opened.open_model(self.recipe, name, self.ledger, self.cache, context_tokens=self.context_tokens)
+
+    @asynccontextmanager
+    async def arm(self, folder: Path, name: str, context_tokens: int) -> AsyncIterator[Caller]:
+        """A model in a folder, by the recipe's engine; it costs nothing."""
+        async with opened.open_folder(self.recipe, folder, name, context_tokens) as backend:
+            yield Caller(backend, self.cache, Ledger(LimitsSection()))
+
+    def any(self, name: str, context_tokens: int) -> AbstractAsyncContextManager[Caller]:
+        """A model by its name, with so much room where it is run here."""
+        if opened.is_hosted(name) or name.endswith(".gguf"):
+            return self.model(name)
+        return self.arm(weights.resolve(name), name, context_tokens)
+
+    @asynccontextmanager
+    async def judge(self, name: str) -> AsyncIterator[Judge]:
+        """A judge by its name: a fitted one, or a model that holds the spec."""
+        if name in FITTED:
+            yield FITTED[name](self.spec)
+            return
+        async with self.model(name) as model:
+            yield self.prompted(name, model)
+
+    def prompted(self, name: str, model: Caller) -> PromptedJudge:
+        section = self.recipe.filter
+        return PromptedJudge(
+            self.spec,
+            model,
+            name=name,
+            max_tokens=section.max_tokens,
+            seed=self.recipe.seed,
+            side_information=section.side_information,
+        )
+
+    @asynccontextmanager
+    async def judges(self) -> AsyncIterator[list[Judge]]:
+        """The judges of the evaluation, the one that also filtered and rewarded first."""
+        async with AsyncExitStack() as stack:
+            yield [await stack.enter_async_context(self.judge(name)) for name in self.judge_names()]
+
+    def judge_names(self) -> list[str]:
+        second = self.recipe.evaluate.second_judge
+        return [self.recipe.judge] + ([second] if second else [])
+
+
+def called(recipe: Recipe) -> list[str]:
+    """The models that a recipe calls, beside those that it trains."""
+    named = [recipe.prompts.labeller, recipe.prompts.lookalikes, recipe.generate.teacher, recipe.judge]
+    named.append(recipe.evaluate.second_judge)
+    return sorted({n for n in named if n is not None and n != "recorded" and n not in FITTED})

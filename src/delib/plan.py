@@ -1,0 +1,127 @@
+"""What a recipe is about to ask of models, before anything is spent: calls, tokens, time, money.
+
+All of it is the most that can be: every prompt stays, every completion is as long as it may be, nothing is cached.
+Repeated tries of failed calls come on top. Training and the run's own models cost nothing and are not in it.
+"""
+
+from typing import NamedTuple
+
+from delib import recipe as recipes
+from delib import spec as specs
+from delib.models.calls import estimated_tokens
+from delib.opener import FITTED
+from delib.pipeline import ASKED, prompt_files
+from delib.recipe import Recipe
+from delib.records import Prompt
+from delib.spec import Spec
+from delib.stages import evaluate, generate, prompts
+
+SECONDS_A_CALL = 10
+"""An assumption, said in the table: what a call of some hundred tokens takes at today's hosted models."""
+JUDGE_TEXT = 700
+"""Tokens of the judge's own instructions around excerpt, conversation and completion; label.md has fewer."""
+
+
+class Calls(NamedTuple):
+    """What one stage asks of one model, at most. Tokens are for all its calls."""
+
+    stage: str
+    model: str
+    calls: int
+    sent: int
+    written: int
+
+
+def made(recipe: Recipe) -> list[Calls]:
+    """The calls of each stage, in order. Raises UserError where prompts or spec can't be read."""
+    spec = specs.load(recipes.path_of(recipe.spec))
+    sets = {split: prompts.load(path, spec, split, recipe.prompts.text) for split, path in prompt_files(recipe).items()}
+    train, heldout = sets["train"], evaluate.balanced(sets["heldout"], recipe.evaluate.limit)
+    live = recipe.generate.teacher != "recorded"
+    found = [*_labels(recipe, [p for part in sets.values() for p in part], spec)]
+    samples = len(train) * recipe.generate.samples
+    if live:
+        sent = sum(estimated_tokens(generate.teacher_messages(p, spec.excerpt(p.category))[0].content) for p in train)
+        found.append(
+            Calls(
+                "generate",
+                recipe.generate.teacher,
+                samples,
+                sent * recipe.generate.samples,
+                samples * recipe.generate.max_tokens,
+            )
+        )
+    if recipe.judge not in FITTED:
+        runs = recipe.filter.runs * (recipe.generate.samples if live else 1)
+        found.append(_judged("filter", recipe, recipe.judge, train, runs, recipe.generate.max_tokens, spec))
+        graded = recipe.rl.steps * recipe.rl.prompts * recipe.rl.group
+        pool = sets.get("rl", train)
+        one = _judged("rl", recipe, recipe.judge, pool, 1, recipe.rl.max_tokens, spec)
+        found.append(
+            one._replace(
+                calls=graded, sent=one.sent * graded // max(1, one.calls), written=graded * recipe.filter.max_tokens
+            )
+        )
+    for name in [recipe.judge, recipe.evaluate.second_judge]:
+        if name is not None and name not in FITTED:
+            arms = len(recipe.evaluate.arms)
+            found.append(_judged("evaluate", recipe, name, heldout, arms, recipe.evaluate.max_tokens, spec))
+            general = estimated_tokens(spec.excerpt(None)) + JUDGE_TEXT + recipe.evaluate.max_tokens
+            found.append(Calls("report", name, ASKED, ASKED * general, ASKED * recipe.filter.max_tokens))
+    return found
+
+
+def _judged(stage: str, recipe: Recipe, name: str, about: list[Prompt], times: int, tokens: int, spec: Spec) -> Calls:
+    """`times` verdicts on a completion of at most `tokens` tokens for each prompt."""
+    sent = sum(estimated_tokens(spec.excerpt(p.category)) + JUDGE_TEXT + _length(p) + tokens for p in about)
+    calls = len(about) * times
+    return Calls(stage, name, calls, sent * times, calls * recipe.filter.max_tokens)
+
+
+def _length(prompt: Prompt) -> int:
+    return sum(estimated_tokens(m.content) for m in prompt.messages)
+
+
+def _labels(recipe: Recipe, rows: list[Prompt], spec: Spec) -> list[Calls]:
+    """Two calls a prompt without labels (category, then clause); a look-alike is one to write and two to label."""
+    section, most = recipe.prompts, recipe.filter.max_tokens
+    if section.labeller is None:
+        return []
+    longest = max(estimated_tokens(spec.excerpt(c.name)) for c in spec.categories) + JUDGE_TEXT
+    blank = [p for p in rows if p.behaviour is None]
+    refused = (
+        [p for p in rows if p.split != "heldout" and p.behaviour in (None, "refuse")] if section.lookalikes else []
+    )
+    labelled = blank + refused
+    calls = 2 * len(labelled)
+    found = [Calls("prompts", section.labeller, calls, calls * longest + 2 * sum(map(_length, labelled)), calls * most)]
+    if section.lookalikes is not None:
+        count = len(refused)
+        sent = count * longest + sum(map(_length, refused))
+        found.append(Calls("prompts", section.lookalikes, count, sent, count * most))
+    return [c for c in found if c.calls]
+
+
+def table(recipe: Recipe) -> str:
+    """The plan as lines; empty when no model is called."""
+    found = made(recipe)
+    if not found:
+        return ""
+    lines = [f"{'stage':10} {'calls':>9} {'tokens sent':>13} {'written':>11} {'minutes':>8} {'cost':>9}  model"]
+    total = 0.0
+    for row in found:
+        price = recipe.limits.prices.get(row.model)
+        cost = (row.sent * price.prompt + row.written * price.completion) / 1e6 if price else None
+        total += cost or 0.0
+        minutes = row.calls * SECONDS_A_CALL / recipe.limits.concurrency / 60
+        told = "no price" if cost is None else f"{cost:.2f}"
+        lines.append(
+            f"{row.stage:10} {row.calls:>9,} {row.sent:>13,} {row.written:>11,} {minutes:>8.1f} {told:>9}  {row.model}"
+        )
+    at_most = f"{sum(r.calls for r in found):,} calls, {sum(r.sent + r.written for r in found):,} tokens"
+    money = f", {total:.2f} where a price is given" if recipe.limits.prices else ""
+    lines.append(
+        f"At most {at_most}{money}; minutes at {SECONDS_A_CALL} s a call and {recipe.limits.concurrency} at once. "
+        "Finished calls are cached and cost nothing again."
+    )
+    return "\n".join(lines) + "\n"
