@@ -86,7 +86,7 @@ def test_hostile_output_is_escaped_and_the_page_asks_for_nothing(tmp_path):
 
 def test_every_figure_is_in_the_json_with_its_interval(tmp_path):
     run = make_run(tmp_path)
-    agreements = [{"judge": "compact", "n": 300, "balanced_accuracy": 0.9, "kappa": 0.8}]
+    agreements = [{"judge": "compact", "n": 300, "n_ungraded": 0, "balanced_accuracy": 0.9, "kappa": 0.8}]
     report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], agreements, {}, {})
     rows = json.loads((tmp_path / "report" / "metrics.json").read_text())
     main = next(r for r in rows if r["arm"] == "sft" and r["name"] == "not_unsafe" and r["by"] is None)

@@ -64,8 +64,8 @@ def run(
 ) -> Manifest:
     """Write the report. `judges`: those of the evaluation, the one that also filtered and rewarded first, and in
     `agreements` how far each agrees with labelled answers that it was not fitted on. `blind`: the samples of each arm
-    that were drawn for blind labels, with the label as a further verdict; empty where nobody labelled any. `spent`: what the run's calls to
-    models took, by model (`models/calls.py`)."""
+    that were drawn for blind labels, with the label as a further verdict; empty where nobody labelled any. `spent`:
+    what the run's calls to models took, by model (`models/calls.py`)."""
     manifests = {m.stage: m for m in run.manifests(s for s in stages if s != "report")}
     found = [
         Metric.model_validate(row)
