@@ -235,7 +235,7 @@ class Opened:
     """A tokenizer whose template opens the reasoning, as some do."""
 
     def __init__(self, inner):
-        self.inner, self.eos_token_id = inner, inner.eos_token_id
+        self.inner, self.eos_token_id, self.all_special_tokens = inner, inner.eos_token_id, inner.all_special_tokens
 
     def __call__(self, *given, **more):
         return self.inner(*given, **more)

@@ -164,7 +164,7 @@ class StageFolder:
 
     def _heal(self) -> None:
         """Cut off a last line without its newline."""
-        with self.records_path.open("r+b") as handle:
+        with self.records_path.open("rb") as handle:
             end = handle.seek(0, os.SEEK_END)
             place = end
             while place > 0:
@@ -175,8 +175,8 @@ class StageFolder:
                     place += found + 1 - step
                     break
                 place -= step
-            if place != end:
-                handle.truncate(place)
+        if place != end:
+            os.truncate(self.records_path, place)
 
     def append(self, record: Record) -> None:
         try:

@@ -160,8 +160,8 @@ class Caller:
         call failed, StageError when no further one can pass.
         """
         sent = self.backend.sent(messages)
-        asked = [self.backend.identity, sent, max_tokens, temperature, seed, index]
-        key = hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
+        how = json.dumps([self.backend.identity, max_tokens, temperature, seed, index])
+        key = hashlib.sha256(f"{how}\n{sent}".encode()).hexdigest()
         stored = self.cache.get(key) if self.cache is not None else None
         if stored is None:
             reply = await self._paid(sent, messages, max_tokens=max_tokens, temperature=temperature, seed=seed)

@@ -10,6 +10,8 @@ import json
 import os
 from typing import Any
 
+from pydantic_core import to_json
+
 from delib.errors import StageError, UserError
 from delib.models.calls import CallError, PassingError, Reply
 from delib.records import Message
@@ -56,7 +58,7 @@ class Endpoint:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def sent(self, messages: list[Message]) -> str:
-        return json.dumps([{"role": m.role, "content": m.content} for m in messages], ensure_ascii=False)
+        return to_json([{"role": m.role, "content": m.content} for m in messages]).decode()
 
     async def attempt(self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int) -> Reply:
         import aiohttp
@@ -69,7 +71,7 @@ class Endpoint:
             "seed": seed,
         }
         try:
-            async with self._open().post(self._address, data=json.dumps(body).encode(), headers=self._headers) as reply:
+            async with self._open().post(self._address, data=to_json(body), headers=self._headers) as reply:
                 status, text = reply.status, await reply.read()
                 wait = reply.headers.get("Retry-After")
         except TimeoutError:

@@ -5,8 +5,9 @@ delib's own, so that all models share one set of them; inspect_ai's retries are 
 call once or twice more by itself before it tells that it failed (OpenAI's and Anthropic's do).
 """
 
-import json
 from typing import Any
+
+from pydantic_core import to_json
 
 from delib.errors import StageError, UserError
 from delib.models.calls import CallError, PassingError, Reply
@@ -28,7 +29,7 @@ class Inspected:
         self.name, self.identity = name, f"inspect {name} {self._model.api.base_url or ''}"
 
     def sent(self, messages: list[Message]) -> str:
-        return json.dumps([{"role": m.role, "content": m.content} for m in messages], ensure_ascii=False)
+        return to_json([{"role": m.role, "content": m.content} for m in messages]).decode()
 
     async def attempt(self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int) -> Reply:
         from inspect_ai.model import (
