@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 import time
+from collections import Counter
 
 import pytest
 
@@ -12,7 +15,7 @@ from delib.errors import StageError, UserError
 from delib.judges.prompted import PromptedJudge
 from delib.models import calls, opened
 from delib.models.cache import Cache
-from delib.models.calls import Caller, CallError, Ledger, PassingError, Reply, side_by_side
+from delib.models.calls import Caller, CallError, Ledger, PassingError, RefusedError, Reply, side_by_side
 from delib.recipe import LimitsSection, Price, Recipe
 from delib.records import Completion, Message, Prompt
 
@@ -67,9 +70,9 @@ def test_what_does_not_pass_is_told_with_its_cause_and_tried_in_bounds(endpoint,
     failed = [f for f in found if isinstance(f, Exception)]
     assert failed and all(isinstance(f, CallError) and NAME in str(f) for f in failed)
     assert {str(f).split(NAME)[1].split()[1] for f in failed} == {"400", "failed"}
-    tries = {c["body"]: c["attempt"] for c in failing.calls() if c["status"] == 500}
-    assert set(tries.values()) == {2} or set(tries.values()) == {3}, "attempts of a 500 are bounded"
-    assert {c["attempt"] for c in failing.calls() if c["status"] == 400} <= {0, 1}, "a 400 is not tried again"
+    tries = Counter(c["body"] for c in failing.calls() if c["status"] == 500)
+    assert set(tries.values()) == {3}, "a 500 is tried three times"
+    assert set(Counter(c["body"] for c in failing.calls() if c["status"] == 400).values()) == {1}, "a 400 once"
 
 
 def test_a_dead_endpoint_stops_everything_early(endpoint, tmp_path, monkeypatch):
@@ -78,7 +81,7 @@ def test_a_dead_endpoint_stops_everything_early(endpoint, tmp_path, monkeypatch)
     begun = time.monotonic()
     with pytest.raises(StageError, match=r"attempts in a row failed.*503"):
         run(lambda c: side_by_side(range(500), lambda n: c.complete(asked(n), **ONE), 8), tmp_path)
-    assert len(dead.calls()) < 100 and time.monotonic() - begun < 20
+    assert len(dead.calls()) < 200 and time.monotonic() - begun < 20
 
 
 ONE = {"max_tokens": 50, "temperature": 1.0, "seed": 0}
@@ -106,7 +109,7 @@ def test_a_finished_call_is_not_made_again_and_an_index_is_a_call_of_its_own(end
     first = run(three, tmp_path)
     again = run(three, tmp_path)
     assert first == again and first[0] == first[2] != first[1]
-    assert len(server.calls()) <= 2 * 3, "OpenAI's client tries each of the two thrice; inspect_ai would without end"
+    assert len(server.calls()) == 2
 
 
 def test_k_judge_runs_are_k_calls_with_verdicts_of_their_own(endpoint, tmp_path):
@@ -135,10 +138,94 @@ def test_the_budget_is_never_passed_and_outlives_the_process(endpoint, tmp_path)
         run(work, tmp_path, Ledger(limits, spent))
     told = json.loads(spent.read_text())[NAME]
     assert told["calls"] == len(server.calls()) > 5
-    assert 1000 < told["prompt"] + told["completion"] <= 2000
+    assert 1600 < told["prompt"] + told["completion"] <= 2000, "spent but for what the next call may take"
     again = Ledger(limits, spent)
     assert again.tokens == told["prompt"] + told["completion"]
     assert again.money == pytest.approx((told["prompt"] + 2 * told["completion"]) / 1e6)
+
+
+class Fixed:
+    """Replies with what it is given, or raises it."""
+
+    name = identity = "fixed"
+
+    def __init__(self, *replies: Reply | Exception) -> None:
+        self.replies, self.asked = list(replies), 0
+
+    def sent(self, messages):
+        return messages[0].content
+
+    async def attempt(self, messages, *, max_tokens, temperature, seed):
+        self.asked += 1
+        await asyncio.sleep(0)
+        reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    async def close(self):
+        pass
+
+
+def with_fixed(work, *replies, cache=None, **limits):
+    ledger = Ledger(LimitsSection(**limits))
+
+    async def inside():
+        return await work(Caller(Fixed(*replies), cache, ledger))
+
+    return asyncio.run(inside()), ledger
+
+
+def test_what_the_endpoint_does_not_count_is_estimated():
+    _, ledger = with_fixed(lambda c: c.complete(asked(), **ONE), Reply("word " * 60, "thought " * 30, False, {}))
+    assert 3 <= ledger.spent["fixed"]["prompt"] <= 5
+    assert 150 <= ledger.spent["fixed"]["completion"] <= 190
+
+
+def test_a_refusal_of_the_endpoint_stops_everything_only_while_nothing_passed():
+    refused = RefusedError("no such model (404)")
+    with pytest.raises(StageError, match="no such model"):
+        with_fixed(lambda c: c.complete(asked(), **ONE), refused)
+    found, _ = with_fixed(lambda c: many(c, 3), Reply("fine", None, False, {}), refused)
+    assert [type(f).__name__ for f in found] == ["Completion", "CallError", "CallError"]
+
+
+def test_a_full_server_is_waited_for_longer_than_a_failing_one(monkeypatch):
+    monkeypatch.setattr(calls, "ATTEMPTS", 3)
+    full = [PassingError("429", full=True, wait=0.01)] * 12
+    [made], _ = with_fixed(lambda c: many(c, 1), *full, Reply("at last", None, False, {}))
+    assert made.answer == "at last"
+    monkeypatch.setattr(calls, "PATIENCE", 0.05)
+    [failed], _ = with_fixed(lambda c: many(c, 1), PassingError("429", full=True, wait=0.02))
+    assert isinstance(failed, CallError) and "full for" in str(failed)
+
+
+def test_half_a_surrogate_pair_can_be_written(tmp_path):
+    broken = Reply(json.loads('"half \\ud83d"'), None, False, {})
+    made, _ = with_fixed(lambda c: c.complete(asked(), **ONE), broken, cache=Cache(tmp_path / "c.sqlite"))
+    assert made.model_dump_json() and made.answer == "half ?"
+
+
+def test_one_judge_run_that_stops_the_stage_leaves_the_others_finished(tmp_path):
+    cache = Cache(tmp_path / "c.sqlite")
+    prompt = Prompt(id="p", messages=asked(), category="fraud", clause="F1", behaviour="refuse")
+    made = Completion(reasoning="r", answer="a", finish="stop", model="m", text="t", sent="")
+    good = Reply(GOOD.replace('"style"', '"reasoning_quality"'), None, False, {"prompt": 1, "completion": 1})
+    ledger = Ledger(LimitsSection())
+
+    async def work():
+        caller = Caller(Fixed(good, StageError("stop"), good), cache, ledger)
+        await PromptedJudge(POLICY, caller, name="s").grade(prompt, made, "full", 3)
+
+    with pytest.raises(StageError, match="stop"):
+        asyncio.run(work())
+    assert ledger.spent["fixed"]["calls"] == 2
+
+
+def test_a_broken_cache_is_told_with_its_mend(tmp_path):
+    (tmp_path / "c.sqlite").write_bytes(b"this is no database, and long enough to be seen as none" * 50)
+    with pytest.raises(StageError, match=r"c\.sqlite.*delete the file"):
+        Cache(tmp_path / "c.sqlite")
 
 
 def test_max_cost_stops_too(endpoint, tmp_path):
@@ -222,12 +309,18 @@ def test_the_key_is_sent_and_stands_in_no_file(endpoint, tmp_path, monkeypatch):
         assert not file.is_file() or b"sk-very-secret" not in file.read_bytes()
 
 
-def test_two_processes_may_share_the_cache(tmp_path):
-    first, second = Cache(tmp_path / "c.sqlite"), Cache(tmp_path / "c.sqlite")
-    for number in range(50):
-        (first if number % 2 else second).put(str(number), f"reply {number}")
-    assert [first.get(str(n)) for n in range(50)] == [second.get(str(n)) for n in range(50)]
-    assert first.get("51") is None
+def test_several_processes_share_a_cache(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from delib.models.cache import Cache\n"
+        "cache = Cache(Path(sys.argv[1]))\n"
+        "for n in range(200): cache.put(f'{sys.argv[2]}-{n}', f'reply {n}')"
+    )
+    file = tmp_path / "c.sqlite"
+    running = [subprocess.Popen([sys.executable, "-c", script, str(file), str(n)]) for n in range(3)]
+    assert [p.wait(timeout=60) for p in running] == [0, 0, 0]
+    cache = Cache(file)
+    assert all(cache.get(f"{n}-{i}") == f"reply {i}" for n in range(3) for i in range(200))
+    assert cache.get("3-0") is None
 
 
 class Scripted:
@@ -312,13 +405,27 @@ def test_inspect_models_answer_through_the_same_interface(endpoint, tmp_path, mo
     assert by_inspect(tmp_path, lambda c: many(c, 1)) == [made] and len(server.calls()) == 1
 
 
+def test_inspects_transcript_does_not_grow(endpoint, tmp_path, monkeypatch):
+    from inspect_ai.log._transcript import transcript
+
+    endpoint()
+    monkeypatch.setenv("MOCK_API_KEY", "k")
+
+    async def work(caller):
+        for number in range(12):
+            await caller.complete(asked(number), **ONE)
+        return len(transcript().events)
+
+    assert by_inspect(tmp_path, work) <= 3
+
+
 def test_inspects_own_retries_are_off(endpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(calls, "ATTEMPTS", 2)
     server = endpoint("--dead")
     monkeypatch.setenv("MOCK_API_KEY", "k")
     [failed] = by_inspect(tmp_path, lambda c: many(c, 1))
     assert isinstance(failed, CallError) and "503" in str(failed)
-    assert len(server.calls()) <= 2 * 3, "OpenAI's client tries each of the two thrice; inspect_ai would without end"
+    assert len(server.calls()) == 2 * 3, "OpenAI's client tries each of the two thrice; inspect_ai would without end"
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,10 @@ def test_a_torn_last_line_is_healed(tmp_path):
     folder.append(example(1))
     with folder.records_path.open("ab") as handle:
         handle.write(b'{"prompt_id": "2", "mess')
-    assert [e.prompt_id for e in folder.records(Example)] == ["1"]
-    folder.append(example(3))
+    again = run.StageFolder(tmp_path)
+    assert [e.prompt_id for e in again.records(Example)] == ["1"]
+    assert folder.records_path.read_bytes().endswith(b"mess"), "who only reads changes nothing"
+    again.append(example(3))
     assert [e.prompt_id for e in folder.records(Example)] == ["1", "3"]
 
 

@@ -119,3 +119,19 @@ def test_a_refusal_that_then_complies_has_no_refusal_style():
     found = scoring.values(graded("K1", "partial", REFUSAL), POLICY)
     assert found["hard_refusal_style"] == 0.0
     assert scoring.values(graded("K1", "refuse", REFUSAL), POLICY)["hard_refusal_style"] == 1.0
+
+
+def test_a_second_judge_with_a_longer_or_shorter_name_is_not_the_first():
+    from delib.evals.scoring import verdict_of
+    from delib.records import Completion, Prompt, Verdict
+
+    def by(judge: str) -> Verdict:
+        return Verdict(score=1.0, behaviour="comply", criteria={}, reason="", view="answer", judge=judge, sent="")
+
+    made = Completion(reasoning=None, answer="a", finish="stop", model="m", text="a", sent="")
+    prompt = Prompt(id="p", messages=[Message(role="user", content="Q")])
+    verdicts = [by("openai/gpt-4o-mini"), by("anthropic/claude-4-5"), by("compact-0"), by("openai/gpt-4o")]
+    sample = Sample(prompt=prompt, excerpt_id="x", completion=made, verdicts=verdicts)
+    assert verdict_of(sample, "openai/gpt-4o") is verdicts[3]
+    assert verdict_of(sample, "anthropic/claude-4") is None
+    assert verdict_of(sample, "compact") is verdicts[2]

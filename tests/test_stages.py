@@ -155,7 +155,7 @@ def live(pack, teacher, rate, samples=2):
         max_failure_rate=rate,
         at_once=3,
     )
-    assert sorted(handed_on) == sorted(f"{p.id}#{i}" for p in train for i in range(samples))
+    assert sorted(handed_on) == sorted(s.key for s in folder.records(Sample) if s.failure is None)
     return folder, made
 
 
@@ -307,3 +307,34 @@ def test_a_limit_cuts_every_kind_in_proportion():
     assert [sum(p in taken for p in rows(*kind)) for kind in kinds] == [6, 4, 2]
     assert taken == [p for p in every if p in taken]
     assert evaluate.balanced(every, 24) == every
+
+
+def test_filter_keeps_n_of_a_prompt_and_fills_a_limit_in_turn(tmp_path):
+    folder = StageFolder(tmp_path)
+    rows = [sample("a", f"good{n}", index=n) for n in range(4)]
+    rows += [sample(f"b{n}", f"fair{n}") for n in range(3)]
+    other = Prompt(id="c", messages=[Message(role="user", content="Q")], category="fraud", source="rare")
+    rows.append(sample("c", "poor but rare").model_copy(update={"prompt": other}))
+    scores = {f"good{n}": 0.9 - n / 10 for n in range(4)} | {"fair": 0.7, "rare": 0.6}
+    made = filtered(rows, ScriptedJudge(scores), folder, best_of=2, limit=3, runs=1)
+    reasons = {s.key: s.drop_reason for s in folder.records(Sample)}
+    assert reasons["a#0"] is None and reasons["a#1"] is None and reasons["c#0"] is None, "the rare pile has its turn"
+    assert reasons["a#2"] == reasons["a#3"] == "not the best of its prompt"
+    assert {reasons[f"b{n}#0"] for n in range(3)} == {"beyond the limit of its source and category"}
+    assert made.counts["out"] == 3 and made.detail["agreement"] is None
+
+
+def test_the_runs_agreement_is_told(tmp_path):
+    rows = [sample(f"p{n}", ["yes", "no"][n % 2]) for n in range(4)]
+    made = filtered(rows, ScriptedJudge({"yes": 0.9, "no": 0.505}), StageFolder(tmp_path))
+    found = made.detail["agreement"]
+    assert (found["n"], found["same_side"]) == (4, 0.5), "0.505, 0.495 and 0.485 stand on two sides"
+    assert found["spread"] == pytest.approx(0.02)
+
+
+def test_a_judge_that_grades_hardly_anything_stops_the_stage_with_causes(tmp_path):
+    rows = [sample(f"p{n}", "unsure") for n in range(3)] + [sample("q", "fine")]
+    with pytest.raises(StageError, match=r"3 of 4 samples ungraded, first p0#0: the judge failed"):
+        filtered(rows, ScriptedJudge({"unsure": None}), StageFolder(tmp_path))
+    made = filtered(rows, ScriptedJudge({}), StageFolder(tmp_path))
+    assert made.counts["ungraded"] == 0, "the ungraded are tried again"

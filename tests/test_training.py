@@ -235,13 +235,13 @@ class Opened:
     """A tokenizer whose template opens the reasoning, as some do."""
 
     def __init__(self, inner):
-        self.inner, self.eos_token_id, self.all_special_tokens = inner, inner.eos_token_id, inner.all_special_tokens
+        self.inner = inner
 
     def __call__(self, *given, **more):
         return self.inner(*given, **more)
 
-    def encode(self, *given, **more):
-        return self.inner.encode(*given, **more)
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
 
     def apply_chat_template(self, *given, **more):
         return self.inner.apply_chat_template(*given, **more) + "<think>\n"

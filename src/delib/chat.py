@@ -24,7 +24,8 @@ def harmless(text: str, tokenizer: Any) -> str:
     Otherwise a message that holds the text of such a token would be read as the end of its turn, or as a turn of the
     system's.
     """
-    for token in tokenizer.all_special_tokens:
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    for token in sorted(special | set(tokenizer.all_special_tokens)):
         if len(token) > 1 and token in text:
             text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
@@ -73,6 +74,7 @@ def completion(
     text: str, *, sent: str, model: str, cut: bool, usage: dict[str, int] | None = None, seed: int | None = None
 ) -> Completion:
     """A Completion from raw text. `cut`: it ended at max_tokens."""
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair could not be written to a file
     parts = split(text, opened(sent))
     finish: Literal["stop", "length", "malformed"] = "stop"
     if parts.malformed:
@@ -105,6 +107,6 @@ def received(
     tags, or closed without being opened because the template on the server opened it."""
     if reasoning is not None and reasoning.strip():
         text = join(reasoning, text)
-    elif OPEN not in text and text.count(CLOSE) == 1:
+    elif not opened(sent) and OPEN not in text and text.count(CLOSE) == 1:
         text = OPEN + text
     return completion(text, sent=sent, model=model, cut=cut, usage=usage, seed=seed)

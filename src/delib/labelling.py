@@ -19,7 +19,7 @@ import jinja2
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from delib.errors import StageError
-from delib.judges.prompted import Model
+from delib.judges.prompted import Model, shown
 from delib.models.calls import side_by_side
 from delib.progress import bar
 from delib.records import Behaviour, Message, Prompt, Record
@@ -146,9 +146,10 @@ def _template(path: Path) -> jinja2.Template:
 
 
 def _text(path: Path, prompt: Prompt, **values: object) -> str:
-    shown = json.dumps([m.model_dump() for m in prompt.messages])
-    nonce = hashlib.sha256(shown.encode()).hexdigest()[:20]
-    return _template(path).render(nonce=nonce, messages=prompt.messages, **values)
+    material = json.dumps([m.model_dump() for m in prompt.messages])
+    nonce = hashlib.sha256(material.encode()).hexdigest()[:20]
+    messages = [m.model_copy(update={"content": shown(m.content)}) for m in prompt.messages]
+    return _template(path).render(nonce=nonce, messages=messages, **values)
 
 
 async def _ask(

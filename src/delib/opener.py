@@ -17,7 +17,7 @@ FITTED: dict[str, type[CompactJudge] | type[ProbeJudge]] = {"compact": CompactJu
 """The judges that are no models to be called."""
 Judge = CompactJudge | ProbeJudge | PromptedJudge
 CONVERSATION_TOKENS = 2048
-"""Room for the conversation in a call of teacher or judge."""
+"""Room for the conversation and the instructions in a call of teacher or judge."""
 
 
 class Opener:
@@ -34,9 +34,9 @@ class Opener:
 
     @property
     def context_tokens(self) -> int:
-        """Room for the longest excerpt, a long conversation and a completion of teacher or judge."""
+        """Room for the longest excerpt, a long conversation, a completion of the teacher and the verdict on it."""
         longest = max(estimated_tokens(self.spec.excerpt(c.name)) for c in self.spec.categories)
-        return longest + CONVERSATION_TOKENS + max(self.recipe.generate.max_tokens, self.recipe.filter.max_tokens)
+        return longest + CONVERSATION_TOKENS + self.recipe.generate.max_tokens + self.recipe.filter.max_tokens
 
     def model(self, name: str) -> AbstractAsyncContextManager[Caller]:
         """A model by its name, under the recipe's limits; what it costs goes into the ledger."""
@@ -55,23 +55,22 @@ class Opener:
         return self.arm(weights.resolve(name), name, context_tokens)
 
     @asynccontextmanager
-    async def judge(self, name: str) -> AsyncIterator[Judge]:
-        """A judge by its name: a fitted one, or a model that holds the spec."""
+    async def judge(self, name: str, side_information: bool = False) -> AsyncIterator[Judge]:
+        """A judge by its name: a fitted one, or a model that holds the spec. `side_information`: for the filter."""
         if name in FITTED:
             yield FITTED[name](self.spec)
             return
         async with self.model(name) as model:
-            yield self.prompted(name, model)
+            yield self.prompted(name, model, side_information)
 
-    def prompted(self, name: str, model: Caller) -> PromptedJudge:
-        section = self.recipe.filter
+    def prompted(self, name: str, model: Caller, side_information: bool) -> PromptedJudge:
         return PromptedJudge(
             self.spec,
             model,
             name=name,
-            max_tokens=section.max_tokens,
+            max_tokens=self.recipe.filter.max_tokens,
             seed=self.recipe.seed,
-            side_information=section.side_information,
+            side_information=side_information,
         )
 
     @asynccontextmanager
@@ -85,8 +84,14 @@ class Opener:
         return [self.recipe.judge] + ([second] if second else [])
 
 
-def called(recipe: Recipe) -> list[str]:
-    """The models that a recipe calls, beside those that it trains."""
-    named = [recipe.prompts.labeller, recipe.prompts.lookalikes, recipe.generate.teacher, recipe.judge]
-    named.append(recipe.evaluate.second_judge)
-    return sorted({n for n in named if n is not None and n != "recorded" and n not in FITTED})
+def called(recipe: Recipe) -> dict[str, str]:
+    """The models that a recipe calls, beside those that it trains: by its key, the name."""
+    teacher = recipe.generate.teacher
+    named = {
+        "prompts.labeller": recipe.prompts.labeller,
+        "prompts.lookalikes": recipe.prompts.lookalikes,
+        "generate.teacher": None if teacher == "recorded" else teacher,
+        "judge": None if recipe.judge in FITTED else recipe.judge,
+        "evaluate.second_judge": None if recipe.evaluate.second_judge in FITTED else recipe.evaluate.second_judge,
+    }
+    return {key: name for key, name in named.items() if name is not None}

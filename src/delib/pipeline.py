@@ -92,7 +92,7 @@ class Pipeline:
         # The second judge changes no answer: with another one they are graded anew, and not made anew.
         section: Any = getattr(self.recipe, stage).model_dump(exclude={"second_judge"})
         if stage in ("filter", "rl"):
-            section = [section, self.recipe.judge]
+            section = [section, self.recipe.judge, self.recipe.filter.max_tokens]
         if stage in ("sft", "rl", "evaluate", "generate"):
             section = [section, self.recipe.device, self.recipe.dtype, self.recipe.engine]
         return key_of(section, self.recipe.seed, self.inputs(stage))
@@ -167,10 +167,11 @@ class Pipeline:
             async with AsyncExitStack() as stack:
                 teacher = await stack.enter_async_context(self.opener.model(section.teacher))
                 judge: Judge | None = None
+                side = self.recipe.filter.side_information
                 if self.recipe.judge == section.teacher:
-                    judge = self.opener.prompted(self.recipe.judge, teacher)
+                    judge = self.opener.prompted(self.recipe.judge, teacher, side)
                 elif self.recipe.judge not in FITTED:
-                    judge = await stack.enter_async_context(self.opener.judge(self.recipe.judge))
+                    judge = await stack.enter_async_context(self.opener.judge(self.recipe.judge, side))
 
                 async def hand_on(sample: Sample) -> None:
                     if judge is not None:
@@ -195,7 +196,7 @@ class Pipeline:
         section = self.recipe.filter
         return filter.run(
             self.run.folder_of("generate"),
-            partial(self.opener.judge, self.recipe.judge),
+            partial(self.opener.judge, self.recipe.judge, section.side_information),
             folder,
             runs=section.runs,
             threshold=section.threshold,
@@ -371,8 +372,11 @@ def check(recipe: Recipe) -> list[str]:
         attempt(partial(prompts.load, path, spec, split, recipe.prompts.text))
     if recipe.generate.teacher == "recorded":
         attempt(lambda: recorded.load(recipes.path_of(recipe.generate.recordings)))
-    for name in called(recipe):
-        attempt(partial(opened.check, name))
+    for key, name in called(recipe).items():
+        try:
+            opened.check(name)
+        except UserError as error:
+            problems.extend(f"{key}: {problem}" for problem in error.problems)
     if recipe.judge in FITTED and recipe.filter.runs > 3:
         problems.append(f"filter.runs: {recipe.filter.runs} runs of judge {recipe.judge}, which has three members")
     return problems

@@ -1,25 +1,29 @@
 """What a recipe is about to ask of models, before anything is spent: calls, tokens, time, money.
 
-All of it is the most that can be: every prompt stays, every completion is as long as it may be, nothing is cached.
-Repeated tries of failed calls come on top. Training and the run's own models cost nothing and are not in it.
+Every prompt stays, every completion is as long as it may be, nothing is cached. What comes on top is what goes wrong:
+tries of failed calls, and verdicts or labels that are asked for again because they could not be read. Tokens are
+estimated at three characters each, which is too few for other scripts than Latin. Training and the run's own models
+cost nothing and are not in it.
 """
 
 from typing import NamedTuple
 
 from delib import recipe as recipes
 from delib import spec as specs
+from delib.models import recorded
 from delib.models.calls import estimated_tokens
 from delib.opener import FITTED
 from delib.pipeline import ASKED, prompt_files
 from delib.recipe import Recipe
 from delib.records import Prompt
 from delib.spec import Spec
-from delib.stages import evaluate, generate, prompts
+from delib.stages import evaluate, prompts
 
 SECONDS_A_CALL = 10
 """An assumption, said in the table: what a call of some hundred tokens takes at today's hosted models."""
-JUDGE_TEXT = 700
-"""Tokens of the judge's own instructions around excerpt, conversation and completion; label.md has fewer."""
+JUDGE_TEXT, TEACHER_TEXT = 900, 400
+"""Tokens, as estimated, of the judge's and the teacher's own instructions around what they are shown; label.md has
+fewer than the judge's."""
 
 
 class Calls(NamedTuple):
@@ -33,34 +37,35 @@ class Calls(NamedTuple):
 
 
 def made(recipe: Recipe) -> list[Calls]:
-    """The calls of each stage, in order. Raises UserError where prompts or spec can't be read."""
+    """The calls of each stage, in order. Raises UserError where prompts, recordings or spec can't be read."""
     spec = specs.load(recipes.path_of(recipe.spec))
     sets = {split: prompts.load(path, spec, split, recipe.prompts.text) for split, path in prompt_files(recipe).items()}
+    found = _labels(recipe, [p for part in sets.values() for p in part], spec)
+    if recipe.prompts.lookalikes is not None:
+        # Each may become one prompt more, of about the same length.
+        for split in ("train", "rl"):
+            if split in sets:
+                sets[split] = sets[split] + [p for p in sets[split] if _may_be_refused(p)]
     train, heldout = sets["train"], evaluate.balanced(sets["heldout"], recipe.evaluate.limit)
-    live = recipe.generate.teacher != "recorded"
-    found = [*_labels(recipe, [p for part in sets.values() for p in part], spec)]
-    samples = len(train) * recipe.generate.samples
-    if live:
-        sent = sum(estimated_tokens(generate.teacher_messages(p, spec.excerpt(p.category))[0].content) for p in train)
-        found.append(
-            Calls(
-                "generate",
-                recipe.generate.teacher,
-                samples,
-                sent * recipe.generate.samples,
-                samples * recipe.generate.max_tokens,
-            )
-        )
+    per_prompt = {p.id: recipe.generate.samples for p in train}
+    if recipe.generate.teacher == "recorded":
+        recordings = recorded.load(recipes.path_of(recipe.generate.recordings))
+        per_prompt = {p.id: len(recordings.get(p.id, [])) for p in train}
+    else:
+        section = recipe.generate
+        sent = sum(_excerpt(p, recipe, spec) + TEACHER_TEXT + _length(p) for p in train)
+        calls = len(train) * section.samples
+        found.append(Calls("generate", section.teacher, calls, sent * section.samples, calls * section.max_tokens))
     if recipe.judge not in FITTED:
-        runs = recipe.filter.runs * (recipe.generate.samples if live else 1)
-        found.append(_judged("filter", recipe, recipe.judge, train, runs, recipe.generate.max_tokens, spec))
-        graded = recipe.rl.steps * recipe.rl.prompts * recipe.rl.group
-        pool = sets.get("rl", train)
-        one = _judged("rl", recipe, recipe.judge, pool, 1, recipe.rl.max_tokens, spec)
+        samples = [p for p in train for _ in range(per_prompt[p.id])]
         found.append(
-            one._replace(
-                calls=graded, sent=one.sent * graded // max(1, one.calls), written=graded * recipe.filter.max_tokens
-            )
+            _judged("filter", recipe, recipe.judge, samples, recipe.filter.runs, recipe.generate.max_tokens, spec)
+        )
+        steps = recipe.rl.steps * recipe.rl.prompts
+        pool = sets.get("rl", train)
+        longest = max(pool, key=lambda p: _excerpt(p, recipe, spec) + _length(p))
+        found.append(
+            _judged("rl", recipe, recipe.judge, [longest] * steps, recipe.rl.group, recipe.rl.max_tokens, spec)
         )
     for name in [recipe.judge, recipe.evaluate.second_judge]:
         if name is not None and name not in FITTED:
@@ -73,7 +78,7 @@ def made(recipe: Recipe) -> list[Calls]:
 
 def _judged(stage: str, recipe: Recipe, name: str, about: list[Prompt], times: int, tokens: int, spec: Spec) -> Calls:
     """`times` verdicts on a completion of at most `tokens` tokens for each prompt."""
-    sent = sum(estimated_tokens(spec.excerpt(p.category)) + JUDGE_TEXT + _length(p) + tokens for p in about)
+    sent = sum(_excerpt(p, recipe, spec) + JUDGE_TEXT + _length(p) + tokens for p in about)
     calls = len(about) * times
     return Calls(stage, name, calls, sent * times, calls * recipe.filter.max_tokens)
 
@@ -82,17 +87,25 @@ def _length(prompt: Prompt) -> int:
     return sum(estimated_tokens(m.content) for m in prompt.messages)
 
 
+def _excerpt(prompt: Prompt, recipe: Recipe, spec: Spec) -> int:
+    """Tokens of the prompt's excerpt, of the longest where a labeller may still find any category."""
+    if prompt.category is None and recipe.prompts.labeller is not None:
+        return max(estimated_tokens(spec.excerpt(c.name)) for c in spec.categories)
+    return estimated_tokens(spec.excerpt(prompt.category))
+
+
+def _may_be_refused(prompt: Prompt) -> bool:
+    return prompt.split != "heldout" and prompt.behaviour in (None, "refuse")
+
+
 def _labels(recipe: Recipe, rows: list[Prompt], spec: Spec) -> list[Calls]:
     """Two calls a prompt without labels (category, then clause); a look-alike is one to write and two to label."""
     section, most = recipe.prompts, recipe.filter.max_tokens
     if section.labeller is None:
         return []
     longest = max(estimated_tokens(spec.excerpt(c.name)) for c in spec.categories) + JUDGE_TEXT
-    blank = [p for p in rows if p.behaviour is None]
-    refused = (
-        [p for p in rows if p.split != "heldout" and p.behaviour in (None, "refuse")] if section.lookalikes else []
-    )
-    labelled = blank + refused
+    refused = [p for p in rows if _may_be_refused(p)] if section.lookalikes else []
+    labelled = [p for p in rows if prompts.unlabelled(p)] + refused
     calls = 2 * len(labelled)
     found = [Calls("prompts", section.labeller, calls, calls * longest + 2 * sum(map(_length, labelled)), calls * most)]
     if section.lookalikes is not None:
@@ -122,6 +135,6 @@ def table(recipe: Recipe) -> str:
     money = f", {total:.2f} where a price is given" if recipe.limits.prices else ""
     lines.append(
         f"At most {at_most}{money}; minutes at {SECONDS_A_CALL} s a call and {recipe.limits.concurrency} at once. "
-        "Finished calls are cached and cost nothing again."
+        "Finished calls are cached and cost nothing again; what fails or can't be read is asked for again."
     )
     return "\n".join(lines) + "\n"

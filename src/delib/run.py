@@ -103,6 +103,7 @@ class StageFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._healed = False
 
     @property
     def records_path(self) -> Path:
@@ -146,7 +147,7 @@ class StageFolder:
         return list(self.stream(kind))
 
     def stream(self, kind: type[R]) -> Iterator[R]:
-        """The finished records one by one; a torn last line (the process was killed in it) is cut off first."""
+        """The finished records one by one; a torn last line (the process was killed in it) is none."""
         for _, line in self._lines():
             yield kind.model_validate_json(line)
 
@@ -154,7 +155,6 @@ class StageFolder:
         """Where each whole line begins, and the line. What is appended meanwhile may or may not be among them."""
         if not self.records_path.exists():
             return
-        self._heal()
         place = 0
         with self.records_path.open("rb") as handle:
             for line in handle:
@@ -163,7 +163,10 @@ class StageFolder:
                 place += len(line)
 
     def _heal(self) -> None:
-        """Cut off a last line without its newline."""
+        """Cut off a last line without its newline, before the first is added to it."""
+        self._healed = True
+        if not self.records_path.exists():
+            return
         with self.records_path.open("rb") as handle:
             end = handle.seek(0, os.SEEK_END)
             place = end
@@ -179,10 +182,13 @@ class StageFolder:
             os.truncate(self.records_path, place)
 
     def append(self, record: Record) -> None:
+        if not self._healed:
+            self._heal()
         try:
             with self.records_path.open("ab") as handle:
                 handle.write(dump(record).encode() + b"\n")
         except OSError as error:
+            self._healed = False  # what follows must not be glued to half a line
             raise disk_error(self.records_path, error) from error
 
     def replace(self, records: Iterable[Record]) -> None:
@@ -192,6 +198,8 @@ class StageFolder:
     def rewrite(self, order: Iterable[str], kind: type[R], change: Callable[[R], R] = lambda record: record) -> None:
         """Write the records anew, whole, in the order of their keys (`kind` has a `key`), each changed; of two with
         one key the later counts, and a key without a record is left out. One record is held at a time."""
+        if not self.records_path.exists():
+            self.replace([])
         places = {str(kind.model_validate_json(line).key): place for place, line in self._lines()}  # type: ignore[attr-defined]
         scratch = self.path / (RECORDS + ".part")
         try:

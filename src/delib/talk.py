@@ -19,6 +19,7 @@ from delib.evals.scoring import metrics, values
 from delib.judges import agreement
 from delib.judges.prompted import PromptedJudge
 from delib.models import opened, weights
+from delib.models.calls import CallError
 from delib.opener import FITTED, Judge, Opener
 from delib.progress import bar
 from delib.recipe import Recipe
@@ -31,7 +32,7 @@ from delib.stages import prompts as prompts_stage
 def recipe_of(model: str) -> Recipe:
     """The recipe of the run that a checkpoint stands in, else the quickstart's; it gives spec and max_tokens."""
     beside = Path(model).resolve().parent.parent / "recipe.yaml"
-    return recipes.load(beside if beside.exists() else recipes.QUICKSTART)
+    return recipes.load(beside if Path(model).is_dir() and beside.exists() else recipes.QUICKSTART)
 
 
 def chat(model: str, max_tokens: int) -> None:
@@ -51,7 +52,12 @@ def chat(model: str, max_tokens: int) -> None:
                 if not line.strip():
                     return
                 messages.append(Message(role="user", content=line))
-                made = await answering.complete(messages, max_tokens=max_tokens, temperature=0.0, seed=0)
+                try:
+                    made = await answering.complete(messages, max_tokens=max_tokens, temperature=0.0, seed=0)
+                except CallError as error:
+                    console.print(f"error: {error}", markup=False, highlight=False)
+                    messages.pop()
+                    continue
                 if made.reasoning:
                     console.print(made.reasoning, style="dim", markup=False, highlight=False)
                 console.print(made.answer or f"({made.finish}: no answer)", markup=False, highlight=False)
@@ -66,7 +72,9 @@ def evaluate_file(model: str, prompts: Path, out: Path | None, limit: int | None
     spec = specs.load(recipes.path_of(recipe.spec))
     opener = Opener(recipe, spec)
     rows = prompts_stage.load(prompts, spec, "heldout")[:limit]
-    identity = model if opened.is_hosted(model) else sha256(weights.resolve(model))
+    opened.check(model)
+    file = Path(model) if model.endswith(".gguf") else None
+    identity = model if opened.is_hosted(model) else sha256(file or weights.resolve(model))
 
     @asynccontextmanager
     async def first_judge() -> AsyncIterator[list[Judge]]:

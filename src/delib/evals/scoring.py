@@ -4,6 +4,7 @@ A broken answer (malformed, truncated, empty, looping) or an off-topic one is th
 it; only the judge's failure is ungraded.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 
 from delib.judges.reading import broken, conclude, is_right
@@ -31,10 +32,12 @@ JUDGED = (
 
 
 def verdict_of(sample: Sample, judge: str | None) -> Verdict | None:
-    """The verdict of a judge by its name, the first one's for None. A member's name is the judge's and a number."""
+    """The verdict of a judge by its name, the first one's for None. A fitted judge's member has its number after the
+    name; a model's name may end so too, and is taken whole."""
     if judge is None:
         return sample.verdicts[0] if sample.verdicts else None
-    return next((v for v in sample.verdicts if judge in (v.judge, v.judge.rpartition("-")[0])), None)
+    member = re.compile(re.escape(judge) + ("" if "/" in judge else r"(?:-\d)?"))
+    return next((v for v in sample.verdicts if member.fullmatch(v.judge)), None)
 
 
 def values(sample: Sample, spec: Spec, judge: str | None = None) -> dict[str, float | None]:

@@ -6,7 +6,6 @@ that a finished call is found again in the cache. The score is the lowest criter
 asked for again, in bounds, and then ungraded.
 """
 
-import asyncio
 import hashlib
 import json
 import re
@@ -17,6 +16,7 @@ from typing import Literal, Protocol
 import jinja2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from delib.models.calls import together
 from delib.records import Behaviour, Completion, Message, Observed, Prompt, Verdict
 from delib.spec import Spec
 
@@ -30,7 +30,9 @@ DEMANDS: dict[Behaviour, str] = {"comply": "comply", "refuse": "refuse", "safe_c
 
 
 _CONTROL = re.compile(
-    r"(?<=<)(?=\|)|(?<=\[)(?=/?(?:INST|SYSTEM_PROMPT)\])|(?<=<)(?=/?(?:s|bos|eos|(?:start|end)_of_turn)>)"
+    r"(?<=<)(?=[|\uff5c])"  # <|im_end|>, and with the full-width bar
+    r"|(?<=\[)(?=/?[A-Z_]{3,}\])"  # [INST], [/INST], [TOOL_CALLS]
+    r"|(?<=<)(?=</?SYS>>|/?(?:s|bos|eos|(?:start|end)_of_turn)>)"
 )
 """Where texts that are control tokens of common chat templates are broken: servers read them as such."""
 
@@ -93,7 +95,7 @@ class PromptedJudge:
         self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], runs: int
     ) -> list[Verdict]:
         """`runs` verdicts, asked for side by side. One that failed or stayed unreadable is ungraded, with its cause."""
-        return list(await asyncio.gather(*(self._run(prompt, completion, view, run) for run in range(runs))))
+        return await together(*(self._run(prompt, completion, view, run) for run in range(runs)))
 
     def messages(
         self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], run: int

@@ -16,27 +16,38 @@ WAIT_SECONDS = 60
 
 
 class Cache:
-    """Replies by key, on disk. Safe against kill -9: a reply is there whole or not at all."""
+    """Replies by key, on disk. Safe against kill -9: a reply is there whole or not at all.
+
+    Raises StageError when the file is broken or the disk is full or read-only.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or cache_dir() / FILE
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._rows = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
-        self._rows.execute("PRAGMA journal_mode=WAL")
-        # With a write-ahead log this can lose the last replies to a power cut, never to a killed process.
-        self._rows.execute("PRAGMA synchronous=NORMAL")
-        self._rows.execute("CREATE TABLE IF NOT EXISTS calls (key TEXT PRIMARY KEY, reply TEXT) WITHOUT ROWID")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._rows = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
+            self._rows.execute("PRAGMA journal_mode=WAL")
+            # With a write-ahead log this can lose the last replies to a power cut, never to a killed process.
+            self._rows.execute("PRAGMA synchronous=NORMAL")
+            self._rows.execute("CREATE TABLE IF NOT EXISTS calls (key TEXT PRIMARY KEY, reply TEXT) WITHOUT ROWID")
+        except (sqlite3.Error, OSError) as error:
+            raise self._told(error) from error
 
     def get(self, key: str) -> str | None:
-        found = self._rows.execute("SELECT reply FROM calls WHERE key = ?", (key,)).fetchone()
+        try:
+            found = self._rows.execute("SELECT reply FROM calls WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise self._told(error) from error
         return None if found is None else str(found[0])
 
     def put(self, key: str, reply: str) -> None:
-        """Raises StageError when the disk is full or read-only."""
         try:
             self._rows.execute("INSERT OR REPLACE INTO calls VALUES (?, ?)", (key, reply))
-        except sqlite3.OperationalError as error:
-            raise StageError(f"{self.path}: {error}; what was finished stands, mend it and run it again") from error
+        except sqlite3.Error as error:
+            raise self._told(error) from error
 
-    def close(self) -> None:
-        self._rows.close()
+    def _told(self, error: Exception) -> StageError:
+        return StageError(
+            f"{self.path}: the cache of finished calls can't be used ({error}); make room, or delete the file if it is "
+            "broken (its calls are then made again), and run the same command again"
+        )

@@ -9,9 +9,9 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from delib import chat
 from delib.errors import StageError
@@ -21,10 +21,13 @@ from delib.records import Completion, Message
 from delib.run import write_whole
 
 ATTEMPTS = 6
-"""Tries of one call; with the waits between them about a minute, which a restarting server takes."""
+"""Tries of one call, those apart that the server was too full for; with the waits between them half a minute, which a
+restarting server takes."""
+PATIENCE = 600.0
+"""Seconds in which a call is tried again while the server says that it is full: quotas are often by the minute."""
 LONGEST_WAIT = 60.0
 """Seconds; also the most of a Retry-After that is obeyed."""
-DEAD_AFTER = (20, 10.0)
+DEAD_AFTER = (20, 25.0)
 """An endpoint is dead when so many attempts in a row have failed over at least so many seconds."""
 COOLDOWN = 1.0
 """Seconds in which further 429s don't halve the concurrency again: they belong to one burst."""
@@ -49,6 +52,11 @@ class PassingError(Exception):
         self.full, self.wait = full, wait
 
 
+class RefusedError(Exception):
+    """The endpoint will not have it. While nothing has passed it would have nothing else either (a wrong model, a key
+    without rights); afterwards it is this call alone (some answer so to a prompt that they find unsafe)."""
+
+
 class CallError(ValueError):
     """This call cannot be made, or failed at every try: its sample's failure, with the cause."""
 
@@ -63,7 +71,7 @@ class Backend(Protocol):
         """Exactly what the model sees."""
 
     async def attempt(self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int) -> Reply:
-        """Raises PassingError, CallError, or StageError where every call would fail alike."""
+        """Raises PassingError, RefusedError, CallError, or StageError where every call would fail alike."""
 
     async def close(self) -> None: ...
 
@@ -78,6 +86,7 @@ class Ledger:
         self.limits, self.path = limits, path
         self.spent: dict[str, dict[str, int]] = json.loads(path.read_text()) if path and path.exists() else {}
         self._reserved_tokens, self._reserved_cost = 0, 0.0
+        self._waiting: list[asyncio.Future[None]] = []
         self._written = 0.0
 
     def cost(self, model: str, prompt: int, completion: int) -> float:
@@ -93,33 +102,49 @@ class Ledger:
     def money(self) -> float:
         return sum(self.cost(name, row["prompt"], row["completion"]) for name, row in self.spent.items())
 
-    def reserve(self, model: str, prompt: int, completion: int) -> None:
-        """Raises StageError when the call's most does not fit."""
-        cost = self.cost(model, prompt, completion)
-        tokens, limits = prompt + completion, self.limits
-        if limits.max_tokens is not None and self.tokens + self._reserved_tokens + tokens > limits.max_tokens:
-            raise StageError(
-                f"limits.max_tokens: {self.tokens} of {limits.max_tokens} tokens are spent and the next call may not "
-                "fit; what was finished stands, raise it and run the same command again"
-            )
-        if limits.max_cost is not None and self.money + self._reserved_cost + cost > limits.max_cost:
-            raise StageError(
-                f"limits.max_cost: {self.money:.2f} of {limits.max_cost:.2f} are spent and the next call may not fit; "
-                "what was finished stands, raise it and run the same command again"
-            )
-        self._reserved_tokens += tokens
-        self._reserved_cost += cost
+    async def reserve(self, model: str, prompt: int, completion: int) -> None:
+        """Set aside what a call may take; wait for calls under way where it does not fit yet.
 
-    def settle(self, model: str, prompt: int, completion: int, usage: dict[str, int] | None) -> None:
-        """Give back what was reserved and, when the call was made, write down what it took."""
+        Raises StageError when it does not fit and none is under way.
+        """
+        while (limit := self._passed(model, prompt, completion)) is not None:
+            if self._reserved_tokens == 0:
+                raise StageError(
+                    f"{limit} are spent and the next call may not fit; what was finished stands, raise it and run the "
+                    "same command again"
+                )
+            waiting = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiting)
+            await waiting
+        self._reserved_tokens += prompt + completion
+        self._reserved_cost += self.cost(model, prompt, completion)
+
+    def _passed(self, model: str, prompt: int, completion: int) -> str | None:
+        """The limit that a call might pass."""
+        limits, money = self.limits, self.money
+        tokens = self.tokens + self._reserved_tokens + prompt + completion
+        if limits.max_tokens is not None and tokens > limits.max_tokens:
+            return f"limits.max_tokens: {self.tokens} of {limits.max_tokens} tokens"
+        cost = money + self._reserved_cost + self.cost(model, prompt, completion)
+        if limits.max_cost is not None and cost > limits.max_cost:
+            return f"limits.max_cost: {money:.2f} of {limits.max_cost:.2f}"
+        return None
+
+    def settle(self, model: str, prompt: int, completion: int, reply: Reply | None) -> None:
+        """Give back what was reserved and, when the call was made, write down what it took, as the endpoint counted it
+        or else as estimated."""
         self._reserved_tokens -= prompt + completion
         self._reserved_cost -= self.cost(model, prompt, completion)
-        if usage is None:
+        for waiting in self._waiting:
+            if not waiting.done():
+                waiting.set_result(None)
+        self._waiting.clear()
+        if reply is None:
             return
         row = self.spent.setdefault(model, {"calls": 0, "prompt": 0, "completion": 0})
         row["calls"] += 1
-        row["prompt"] += usage.get("prompt", prompt)
-        row["completion"] += usage.get("completion", 0)
+        row["prompt"] += reply.usage.get("prompt", prompt)
+        row["completion"] += reply.usage.get("completion", estimated_tokens(reply.text + (reply.reasoning or "")))
         if time.monotonic() - self._written > 1.0:
             self.write()
 
@@ -138,17 +163,19 @@ class Caller:
     """A model behind a Backend. `complete` may be called by many tasks at once; `limits.concurrency` run side by side.
 
     The concurrency is halved when the server says that it is full (429), and grows again by one for each round of
-    calls that pass: additive increase, multiplicative decrease, as TCP does it.
+    calls that pass: additive increase, multiplicative decrease, as TCP does it. `most`: the places of a server that is
+    run here, where fewer.
     """
 
-    def __init__(self, backend: Backend, cache: Cache | None, ledger: Ledger) -> None:
+    def __init__(self, backend: Backend, cache: Cache | None, ledger: Ledger, most: int | None = None) -> None:
         import anyio
 
         self.backend, self.cache, self.ledger = backend, cache, ledger
         self.name = backend.name
-        self.most = ledger.limits.concurrency
+        self.most = min(ledger.limits.concurrency, most or ledger.limits.concurrency)
         self._slots = anyio.CapacityLimiter(self.most)
         self._passed = self._failed = 0
+        self._alive = False
         self._failing_since = self._halved = 0.0
 
     async def complete(
@@ -181,40 +208,47 @@ class Caller:
 
     async def _paid(self, sent: str, messages: list[Message], **asked: Any) -> Reply:
         prompt, most = estimated_tokens(sent), int(asked["max_tokens"])
-        self.ledger.reserve(self.name, prompt, most)
-        usage = None
+        await self.ledger.reserve(self.name, prompt, most)
+        reply = None
         try:
             try:
                 reply = await self._attempt(messages, **asked)
             except PassingError as error:
                 reply = await self._again(error, messages, **asked)
-            usage = reply.usage
         finally:
-            self.ledger.settle(self.name, prompt, most, usage)
+            self.ledger.settle(self.name, prompt, most, reply)
         return reply
 
     async def _again(self, first: PassingError, messages: list[Message], **asked: Any) -> Reply:
-        from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
+        from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
         from tenacity import wait_exponential_jitter as jitter
 
-        grow = jitter(multiplier=0.5, max=LONGEST_WAIT, jitter=0.5)
+        grow = jitter(multiplier=1.0, max=LONGEST_WAIT / 2, jitter=0.5)
+        broken = 0 if first.full else 1
+
+        def raised(state: RetryCallState) -> PassingError:
+            error = state.outcome.exception() if state.outcome else None
+            assert isinstance(error, PassingError)
+            return error
+
+        def enough(state: RetryCallState) -> bool:
+            nonlocal broken
+            if raised(state).full:
+                return (state.seconds_since_start or 0.0) > PATIENCE
+            broken += 1
+            return broken >= ATTEMPTS
 
         def pause(state: RetryCallState) -> float:
-            raised = state.outcome.exception() if state.outcome else None
-            asked_for = raised.wait if isinstance(raised, PassingError) else None
+            asked_for = raised(state).wait
             return grow(state) if asked_for is None else min(asked_for, LONGEST_WAIT)
 
         await asyncio.sleep(0.5 if first.wait is None else min(first.wait, LONGEST_WAIT))
-        tries = AsyncRetrying(
-            retry=retry_if_exception_type(PassingError),
-            stop=stop_after_attempt(ATTEMPTS - 1),
-            wait=pause,
-            reraise=True,
-        )
+        tries = AsyncRetrying(retry=retry_if_exception_type(PassingError), stop=enough, wait=pause, reraise=True)
         try:
             reply: Reply = await tries(self._attempt, messages, **asked)
         except PassingError as error:
-            raise CallError(f"{self.name}: failed at {ATTEMPTS} tries, last: {error}") from error
+            how = f"full for {PATIENCE:.0f} s" if error.full else f"failed at {broken} tries"
+            raise CallError(f"{self.name}: {how}, last: {error}") from error
         return reply
 
     async def _attempt(self, messages: list[Message], **asked: Any) -> Reply:
@@ -224,6 +258,11 @@ class Caller:
             except PassingError as error:
                 self._note_failure(error)
                 raise
+            except RefusedError as error:
+                if self._alive:
+                    raise CallError(f"{self.name}: {error}") from error
+                raise StageError(f"{self.name}: {error}; mend it and run the same command again") from error
+        self._alive = True
         self._failed = 0
         self._passed += 1
         if self._passed >= self._slots.total_tokens < self.most:
@@ -253,6 +292,15 @@ class Caller:
     async def close(self) -> None:
         self.ledger.write()
         await self.backend.close()
+
+
+async def together(*work: Coroutine[Any, Any, T]) -> list[T]:
+    """All of them at once, to their ends, since each is paid for; then the first error, where there was one."""
+    found = await asyncio.gather(*work, return_exceptions=True)
+    for one in found:
+        if isinstance(one, BaseException):
+            raise one
+    return cast(list[T], found)
 
 
 async def side_by_side(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_once: int) -> None:

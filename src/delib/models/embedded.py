@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from delib import chat
+from delib.errors import UserError
 from delib.models import weights
 from delib.models.calls import CallError, PassingError, Reply
 from delib.models.endpoint import Endpoint
@@ -85,16 +86,16 @@ def _gguf_of(folder: Path, quantisation: str) -> Path:
     return target
 
 
-def _parameters(file: Path, context_tokens: int) -> Any:
+def _parameters(file: Path, context_tokens: int, slots: int) -> Any:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
     params.hostnames = ["127.0.0.1"]
     params.port = _free_port()
-    params.n_parallel = SLOTS
+    params.n_parallel = slots
     params.kv_unified = False
-    params.n_ctx = SLOTS * context_tokens
+    params.n_ctx = slots * context_tokens
     params.n_batch = 2048
     params.ctx_shift = False
     params.verbosity = -1
@@ -113,7 +114,7 @@ async def serve(folder: Path, *, name: str, quantisation: str, context_tokens: i
     from transformers import AutoTokenizer
 
     most = int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
-    params = _parameters(_gguf_of(folder, quantisation), min(context_tokens, most))
+    params = _parameters(_gguf_of(folder, quantisation), min(context_tokens, most), SLOTS)
     server = await asyncio.to_thread(xllamacpp.Server, params)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     identity = f"{await asyncio.to_thread(sha256, folder)} {quantisation}"
@@ -126,13 +127,20 @@ async def serve(folder: Path, *, name: str, quantisation: str, context_tokens: i
 
 
 @asynccontextmanager
-async def serve_gguf(file: Path, *, context_tokens: int, seconds: float) -> AsyncIterator[Endpoint]:
-    """Start a server for any GGUF file that llama.cpp takes, spoken to with the chat template in the file."""
+async def serve_gguf(file: Path, *, context_tokens: int, slots: int, seconds: float) -> AsyncIterator[Endpoint]:
+    """Start a server for any GGUF file that llama.cpp takes, spoken to with the chat template in the file.
+
+    `context_tokens`: room for each of the `slots` requests at once, in tokens. Raises UserError for a file that
+    llama.cpp does not take.
+    """
     import xllamacpp
 
-    params = _parameters(file, context_tokens)
+    params = _parameters(file, context_tokens, slots)
     params.use_jinja = True
-    server = await asyncio.to_thread(xllamacpp.Server, params)
+    try:
+        server = await asyncio.to_thread(xllamacpp.Server, params)
+    except RuntimeError as error:
+        raise UserError(f"{file}: llama.cpp does not take this file, or has no room for it ({error})") from error
     identity = await asyncio.to_thread(sha256, file)
     backend = Endpoint(str(file), f"{server.listening_address}/v1", None, file.name, seconds=seconds, identity=identity)
     try:

@@ -5,7 +5,6 @@ VLLM_BASE_URL and VLLM_API_KEY, as inspect_ai does; all other providers go throu
 which takes more time a call (docs/results.md). Keys are sent and never written or shown.
 """
 
-import asyncio
 import json
 import os
 from typing import Any
@@ -13,11 +12,14 @@ from typing import Any
 from pydantic_core import to_json
 
 from delib.errors import StageError, UserError
-from delib.models.calls import CallError, PassingError, Reply
+from delib.models.calls import CallError, PassingError, RefusedError, Reply
 from delib.records import Message
 
-HOPELESS = {401: "the key was refused", 403: "the key may not use it", 404: "no such model or address"}
+HOPELESS = {401: "the key was refused", 402: "nothing is left to pay with"}
 """Statuses that every further call would get as well."""
+REFUSED = {403: "it may not be used", 404: "no such model or address"}
+SPENT = "insufficient_quota"
+"""The code of a 429 that no waiting mends."""
 PASSING = {408, 409, 425, 429}
 """Client errors that may pass, beside all of 500 and more."""
 
@@ -42,6 +44,8 @@ def address_of(name: str) -> tuple[str, str | None, str] | None:
     address = os.environ.get(f"{variable}_BASE_URL")
     if not address:
         raise UserError(f"{name}: set {variable}_BASE_URL to the endpoint's address, such as http://localhost:8000/v1")
+    if not address.startswith(("http://", "https://")):
+        raise UserError(f"{name}: {variable}_BASE_URL is {address!r}; it must begin with http:// or https://")
     return address.rstrip("/"), os.environ.get(f"{variable}_API_KEY"), model
 
 
@@ -55,7 +59,7 @@ class Endpoint:
         self._address, self._model, self._seconds = f"{address}/chat/completions", model, seconds
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._session: Any = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
 
     def sent(self, messages: list[Message]) -> str:
         return to_json([{"role": m.role, "content": m.content} for m in messages]).decode()
@@ -80,35 +84,39 @@ class Endpoint:
             raise PassingError(f"{type(error).__name__}: {error}") from error
         if status != 200:
             self._refused(status, text, wait)
-        return _parse(text)
+        return _parse(text, self.name)
 
     def _refused(self, status: int, text: bytes, wait: str | None) -> None:
         cause = f"{status} {_message(text)}"
-        if status in HOPELESS:
-            raise StageError(f"{self.name}: {HOPELESS[status]} ({cause}); mend it and run the same command again")
+        if status in HOPELESS or (status == 429 and SPENT.encode() in text):
+            why = HOPELESS.get(status, HOPELESS[402])
+            raise StageError(f"{self.name}: {why} ({cause}); mend it and run the same command again")
+        if status in REFUSED:
+            raise RefusedError(f"{REFUSED[status]} ({cause})")
         if status in PASSING or status >= 500:
             raise PassingError(cause, full=status == 429, wait=_seconds(wait))
         raise CallError(f"{self.name}: {cause}")
 
     def _open(self) -> Any:
-        """The session of the running loop; a stage runs one loop."""
+        """The one session, opened in the loop of the first call."""
         import aiohttp
 
-        if self._session is None or self._loop is not asyncio.get_running_loop():
-            self._loop = asyncio.get_running_loop()
+        if self._closed:
+            raise CallError(f"{self.name}: stopped before this call")
+        if self._session is None:
             self._session = aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(total=self._seconds), connector=aiohttp.TCPConnector(limit=0)
             )
         return self._session
 
     async def close(self) -> None:
+        self._closed = True
         if self._session is not None:
             await self._session.close()
-            self._session = None
 
 
-def _parse(text: bytes) -> Reply:
-    """The first choice. A reply that cannot be read may be a broken one, and is asked for again."""
+def _parse(text: bytes, name: str) -> Reply:
+    """The first choice. A reply that cannot be read, or holds nothing, may be a broken one, and is asked for again."""
     try:
         data = json.loads(text)
         choice = data["choices"][0]
@@ -116,12 +124,18 @@ def _parse(text: bytes) -> Reply:
         content = message.get("content") or ""
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         usage = data.get("usage") or {}
-        counted = {"prompt": usage.get("prompt_tokens", 0), "completion": usage.get("completion_tokens", 0)}
+        counts = {"prompt": usage.get("prompt_tokens"), "completion": usage.get("completion_tokens")}
+        counted = {part: count for part, count in counts.items() if isinstance(count, int)}
+        ended = choice.get("finish_reason")
         if not isinstance(content, str) or not isinstance(reasoning, str | None):
             raise TypeError("content or reasoning is no text")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise PassingError(f"unreadable reply ({type(error).__name__}: {error})") from error
-    return Reply(content, reasoning, choice.get("finish_reason") == "length", counted)
+    if ended == "content_filter":
+        raise CallError(f"{name}: the endpoint's own filter cut the reply off")
+    if ended == "error" or not (content or reasoning or ended == "length"):
+        raise PassingError(f"an empty or broken reply (finish_reason {ended})")
+    return Reply(content, reasoning, ended == "length", counted)
 
 
 def _message(text: bytes) -> str:

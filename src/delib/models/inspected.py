@@ -10,7 +10,7 @@ from typing import Any
 from pydantic_core import to_json
 
 from delib.errors import StageError, UserError
-from delib.models.calls import CallError, PassingError, Reply
+from delib.models.calls import CallError, PassingError, RefusedError, Reply
 from delib.records import Message
 
 
@@ -32,6 +32,7 @@ class Inspected:
         return to_json([{"role": m.role, "content": m.content} for m in messages]).decode()
 
     async def attempt(self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int) -> Reply:
+        from inspect_ai.log._transcript import Transcript, init_transcript
         from inspect_ai.model import (
             ChatMessageAssistant,
             ChatMessageSystem,
@@ -55,6 +56,8 @@ class Inspected:
             adaptive_connections=False,
             max_connections=10_000,
         )
+        # Outside an evaluation inspect_ai keeps every call in its transcript, which would grow with them.
+        init_transcript(Transcript())
         turns = [kinds[m.role](content=m.content) for m in messages]
         try:
             output = await self._model.generate(turns, config=config)
@@ -71,8 +74,10 @@ class Inspected:
         if cause is not None and cause.exception() is not None:
             error = cause.exception()
         status = getattr(error, "status_code", None) or getattr(error, "status", None)
-        if isinstance(error, PrerequisiteError) or status in (401, 403, 404):
+        if isinstance(error, PrerequisiteError) or status in (401, 402) or "insufficient_quota" in str(error):
             return StageError(f"{self.name}: {_short(error)}; mend it and run the same command again")
+        if status in (403, 404):
+            return RefusedError(_short(error))
         decision = self._model.api.should_retry(error)
         if decision or isinstance(error, AttemptTimeoutError):
             full = status == 429 or getattr(decision, "kind", None) == "rate_limit"
@@ -99,5 +104,10 @@ def _reply(output: Any, name: str) -> Reply:
     thoughts = [p.reasoning for p in parts if isinstance(p, ContentReasoning) and not p.redacted]
     used = output.usage
     usage = {"prompt": used.input_tokens, "completion": used.output_tokens} if used else {}
-    cut = output.choices[0].stop_reason in ("max_tokens", "model_length")
+    ended = output.choices[0].stop_reason
+    if ended == "content_filter":
+        raise CallError(f"{name}: the provider's own filter cut the reply off")
+    cut = ended in ("max_tokens", "model_length")
+    if not (any(texts) or thoughts or cut):
+        raise PassingError(f"an empty reply (stop_reason {ended})")
     return Reply("".join(texts), "\n".join(thoughts) or None, cut, usage)

@@ -18,6 +18,9 @@ from delib.models.calls import Backend, Caller, Ledger
 from delib.models.endpoint import Endpoint, address_of
 from delib.recipe import Recipe
 
+RUN_HERE = {"hf", "vllm", "sglang", "nnterp", "transformer_lens", "llama-cpp-python", "ollama", "none"}
+"""Providers of inspect_ai that load weights or start a server when they are opened."""
+
 
 @lru_cache(maxsize=1)
 def providers() -> frozenset[str]:
@@ -42,7 +45,10 @@ def check(name: str) -> None:
         if not Path(name).is_file():
             raise UserError(f"{name}: no such GGUF file; check the path")
     elif is_hosted(name):
-        address_of(name)
+        if address_of(name) is None and name.partition("/")[0] not in RUN_HERE:
+            from delib.models.inspected import Inspected
+
+            Inspected(name, seconds=60)
     elif name != weights.SMOLLM2 and (name.startswith(("/", ".")) or name.count("/") != 1 or Path(name).is_dir()):
         weights.resolve(name)  # a hub id is fetched when it is needed
 
@@ -52,13 +58,16 @@ async def open_model(
     recipe: Recipe, name: str, ledger: Ledger, cache: Cache | None, *, context_tokens: int
 ) -> AsyncIterator[Caller]:
     """A model by its name. `context_tokens`: the most that prompt and completion of one call may have."""
-    seconds = ledger.limits.timeout_seconds
+    seconds, slots = ledger.limits.timeout_seconds, min(embedded.SLOTS, ledger.limits.concurrency)
     if name.endswith(".gguf"):
         check(name)
-        async with embedded.serve_gguf(Path(name), context_tokens=context_tokens, seconds=seconds) as served:
-            caller = Caller(served, cache, ledger)
-            yield caller
-            ledger.write()
+        async with embedded.serve_gguf(
+            Path(name), context_tokens=context_tokens, slots=slots, seconds=seconds
+        ) as served:
+            try:
+                yield Caller(served, cache, ledger, embedded.SLOTS)
+            finally:
+                ledger.write()
     elif is_hosted(name):
         caller = Caller(_hosted(name, seconds), cache, ledger)
         try:
@@ -68,7 +77,10 @@ async def open_model(
     else:
         folder = weights.resolve(name)
         async with open_folder(recipe, folder, name, context_tokens) as backend:
-            yield Caller(backend, cache, ledger)
+            try:
+                yield Caller(backend, cache, ledger, embedded.SLOTS)
+            finally:
+                ledger.write()
 
 
 def _hosted(name: str, seconds: float) -> Backend:

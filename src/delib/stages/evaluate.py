@@ -18,6 +18,8 @@ from delib.run import StageFolder
 from delib.spec import Spec, digest
 
 MAX_FAILURE_RATE = 0.1
+AT_ONCE = 128
+"""Answers that are waited for side by side; the model's own limits say how many are made so."""
 
 
 class Model(Protocol):
@@ -94,7 +96,7 @@ def answer_all(
                     have[prompt.id] = sample
                     ticker.step()
 
-                await asyncio.gather(*(one(p) for p in todo))
+                await side_by_side(todo, one, AT_ONCE)
 
     if todo:
         asyncio.run(work())

@@ -13,11 +13,17 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, NamedTuple, Protocol
 
+from delib.errors import StageError
 from delib.models.calls import side_by_side
 from delib.progress import bar
 from delib.records import Completion, Manifest, Prompt, Sample, Verdict
 from delib.run import StageFolder
 from delib.stats import kappa
+
+ENOUGH = 50
+"""Ungraded samples after which the stage need not wait for its end to see that there are too many."""
+MAX_UNGRADED = 0.5
+"""The stage stops when the judge leaves more than this share ungraded: such a judge tells nothing."""
 
 
 class Judge(Protocol):
@@ -81,18 +87,29 @@ def run(
     order = [s.key for s in source.stream(Sample)]
     graded = {s.key for s in folder.stream(Sample) if s.drop_reason != "ungraded"}
 
+    tried, ungraded = 0, list[str]()
+
     async def work() -> None:
         with bar("filter", len(order), len(graded)) as ticker:
             async with opened() as judge:
 
                 async def one(sample: Sample) -> None:
-                    folder.append(await grade(sample, judge, runs, threshold))
+                    judged = await grade(sample, judge, runs, threshold)
+                    folder.append(judged)
                     ticker.step()
+                    nonlocal tried
+                    tried += 1
+                    if (why := cause(judged)) is not None:
+                        ungraded.append(why)
+                        if len(ungraded) >= ENOUGH and len(ungraded) > MAX_UNGRADED * tried:
+                            raise StageError(silent(ungraded, tried))
 
                 await side_by_side((s for s in source.stream(Sample) if s.key not in graded), one, at_once)
 
     if len(graded) < len(order):
         asyncio.run(work())
+    if len(ungraded) > MAX_UNGRADED * tried:
+        raise StageError(silent(ungraded, tried))
     rows = {s.key: row_of(s) for s in folder.stream(Sample)}
     dropped = beyond([rows[key] for key in order], best_of, limit)
 
@@ -111,6 +128,20 @@ def run(
     }
     detail = funnel(final, threshold) | {"agreement": agreement(final)}
     return Manifest(stage="filter", recipe="", inputs={}, outputs={}, counts=counts, detail=detail)
+
+
+def cause(sample: Sample) -> str | None:
+    """Why a sample is ungraded; None when it is not."""
+    if sample.drop_reason != "ungraded":
+        return None
+    return next((f"{sample.key}: {v.failure}" for v in sample.verdicts if v.failure), sample.key)
+
+
+def silent(ungraded: list[str], of: int) -> str:
+    return (
+        f"filter: the judge left {len(ungraded)} of {of} samples ungraded, first {'; '.join(ungraded[:3])}; mend it, "
+        "or name another, and run the same command again"
+    )
 
 
 async def grade(sample: Sample, judge: Judge, runs: int, threshold: float) -> Sample:

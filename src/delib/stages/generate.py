@@ -23,6 +23,8 @@ from delib.records import Completion, Manifest, Message, Prompt, Sample
 from delib.run import StageFolder
 from delib.spec import Spec
 
+ENOUGH = 50
+"""Failures after which a stage need not wait for its end to see that there are too many."""
 TEMPLATE = Path(__file__).parent.parent / "prompts" / "teacher.md"
 
 
@@ -92,12 +94,15 @@ def live(
         if sample.failure is None:
             done.add(sample.key)
     order = [f"{p.id}#{i}" for p in prompts for i in range(samples)]
+    failures: list[str] = []
 
     async def work() -> None:
+        succeeded = 0
         with bar("generate", len(order), len(done)) as ticker:
             async with opened() as (teacher, hand_on):
 
                 async def one(item: tuple[Prompt, int] | Sample) -> None:
+                    nonlocal succeeded
                     if isinstance(item, Sample):
                         await hand_on(item)
                         return
@@ -105,7 +110,14 @@ def live(
                     sample = await write(prompt, index, teacher)
                     folder.append(sample)
                     ticker.step()
-                    await hand_on(sample)
+                    if sample.failure is None:
+                        succeeded += 1
+                        await hand_on(sample)
+                        return
+                    failures.append(f"{sample.key}: {sample.failure}")
+                    tried = len(failures) + len(done) + succeeded
+                    if len(failures) >= ENOUGH and len(failures) > max_failure_rate * tried:
+                        raise StageError(too_many(failures, tried))
 
                 def items() -> Iterator[tuple[Prompt, int] | Sample]:
                     yield from (s for s in itertools.islice(folder.stream(Sample), earlier) if s.failure is None)
@@ -130,6 +142,10 @@ def live(
     return close(folder, len(prompts), max_failure_rate)
 
 
+def too_many(failed: list[str], of: int) -> str:
+    return f"generate: {len(failed)} of {of} samples failed, first {'; '.join(failed[:3])}"
+
+
 def close(folder: StageFolder, prompts: int, max_failure_rate: float) -> Manifest:
     """Count, and stop when too many failed."""
     made = tokens = 0
@@ -141,6 +157,6 @@ def close(folder: StageFolder, prompts: int, max_failure_rate: float) -> Manifes
         elif sample.completion is not None:
             tokens += sample.completion.usage.get("completion", 0)
     if (made and len(failed) / made > max_failure_rate) or len(failed) == made:
-        raise StageError(f"generate: {len(failed)} of {made} samples failed, first {'; '.join(failed[:3])}")
+        raise StageError(too_many(failed, made))
     counts = {"in": prompts, "out": made - len(failed), "failed": len(failed)}
     return Manifest(stage="generate", recipe="", inputs={}, outputs={}, counts=counts, tokens=tokens)

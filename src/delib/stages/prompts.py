@@ -261,6 +261,11 @@ def _thinned(prompts: list[Prompt], similarity: float | None, near: dict[str, Ne
     return [p for p in prompts if p.id not in found]
 
 
+def unlabelled(prompt: Prompt) -> bool:
+    """Whether a labeller is asked about a prompt."""
+    return prompt.behaviour is None or (prompt.category is None and prompt.clause is None)
+
+
 async def _asked(
     prompts: list[Prompt],
     spec: Spec,
@@ -283,7 +288,7 @@ async def _asked(
         async def lookalike(prompt: Prompt) -> Prompt | None:
             return await labelling.lookalike(prompt, writer, spec, judge, max_tokens=ask.max_tokens, seed=ask.seed)
 
-        bare = [p for p in prompts if p.behaviour is None or (p.category is None and p.clause is None)]
+        bare = [p for p in prompts if unlabelled(p)]
         answers = await ask_all("label", bare, labelled, StageFolder(folder.path / "labels"), ask)
         named = {i: a.prompt for i, a in answers.items() if a.prompt is not None}
         prompts = [named.get(p.id, p) for p in prompts]

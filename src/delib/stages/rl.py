@@ -5,7 +5,6 @@ manifest. The reasoning is hidden from the judge, so that no pressure is put on 
 paper does not disclose algorithm or sizes; GRPO here, harmful, look-alike and plain prompts in equal parts.
 """
 
-import asyncio
 import itertools
 import os
 import random
@@ -16,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 from delib import chat
 from delib.models import weights
+from delib.models.calls import together
 from delib.recipe import Recipe
 from delib.records import Completion, Manifest, Prompt, Sample, Verdict
 from delib.run import StageFolder
@@ -119,7 +119,7 @@ def run(
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(opened()) as judge:
 
         async def each(shown: list[tuple[Prompt, Completion]]) -> list[list[Verdict]]:
-            return await asyncio.gather(*(judge.grade(prompt, made, "answer", 1) for prompt, made in shown))
+            return await together(*(judge.grade(prompt, made, "answer", 1) for prompt, made in shown))
 
         return _train(recipe, prompts, lambda shown: portal.call(each, shown), spec, start, folder)
 
