@@ -8,7 +8,6 @@ very text, which it therefore cannot hold. A reply that cannot be read is asked 
 
 import hashlib
 import json
-import re
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import lru_cache
@@ -19,7 +18,7 @@ import jinja2
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from delib.errors import StageError
-from delib.judges.prompted import Model, shown
+from delib.judges.prompted import Model, shown, unfenced
 from delib.models.calls import side_by_side
 from delib.progress import bar
 from delib.records import Behaviour, Message, Prompt, Record
@@ -164,10 +163,8 @@ async def _ask(
             seed=seed * 100_003 + reading,
             index=reading,
         )
-        body = made.answer.strip()
-        fenced = re.fullmatch(r"```(?:json)?\s*(\{.*\})\s*```", body, re.DOTALL)
         try:
-            reply = kind.model_validate_json(fenced.group(1) if fenced else body)
+            reply = kind.model_validate_json(unfenced(made.answer))
         except ValidationError:
             continue
         if fits(reply):

@@ -42,6 +42,12 @@ def shown(text: str) -> str:
     return _CONTROL.sub(" ", text)
 
 
+def unfenced(reply: str) -> str:
+    """A reply that ought to be one JSON object, out of its code fence where it stands in one."""
+    fenced = re.fullmatch(r"\s*```(?:json)?\s*(\{.*\})\s*```\s*", reply, re.DOTALL)
+    return fenced.group(1) if fenced else reply.strip()
+
+
 class Model(Protocol):
     async def complete(
         self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int, index: int = 0
@@ -154,10 +160,8 @@ class PromptedJudge:
 
     def _read(self, made: Completion, view: Literal["full", "answer"], sent: str) -> Verdict:
         """The verdict in a reply: one JSON object, alone or in a code fence. Raises ValidationError."""
-        body = made.answer.strip()
-        fenced = re.fullmatch(r"```(?:json)?\s*(\{.*\})\s*```", body, re.DOTALL)
         kind = _FullVerdict if view == "full" else _AnswerVerdict
-        found = kind.model_validate_json(fenced.group(1) if fenced else body)
+        found = kind.model_validate_json(unfenced(made.answer))
         marks = found.model_dump(exclude={"reason", "behaviour"})
         criteria = {name.removesuffix("_quality"): mark / 10 for name, mark in marks.items()}
         return Verdict(
