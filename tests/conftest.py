@@ -1,6 +1,7 @@
 """What tests share: a small spec, a small pack and a tiny Llama model with a tokenizer, all made here."""
 
 import atexit
+import csv
 import json
 import os
 import shutil
@@ -113,6 +114,13 @@ def prompt_row(name: str, text: str, category: str | None, clause: str, behaviou
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     return path
+
+
+def csv_file(path: Path, header: str, *rows: list) -> str:
+    """A CSV file; `header` is its first line."""
+    with path.open("w", newline="", encoding="utf-8") as handle:
+        csv.writer(handle).writerows([header.split(","), *rows])
+    return str(path)
 
 
 @pytest.fixture

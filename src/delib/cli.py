@@ -123,15 +123,34 @@ def eval_(
     model: Annotated[
         str, typer.Option("--model", help="A checkpoint folder, a hub id, smollm2, a GGUF file or an inspect_ai name.")
     ],
-    prompts: Annotated[str, typer.Option("--prompts", help="Prompts: a file, hub:OWNER/NAME:SPLIT or starter:NAME.")],
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="Prompts: a file, hub:OWNER/NAME:SPLIT or starter:NAME.")
+    ] = None,
+    suite: Annotated[str | None, typer.Option("--suite", help="A suite, such as xstest (docs/evaluation.md).")] = None,
+    judge: Annotated[
+        str | None, typer.Option("--judge", help="A suite's judge: compact, probe, or a model; compact when left out.")
+    ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write figures and rows here.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N prompts.")] = None,
+    option: Annotated[list[str], typer.Option("-T", help="A suite's own option, such as -T data=FILE.")] = [],  # noqa: B006
+    log_dir: Annotated[Path, typer.Option("--log-dir", help="Where a suite's .eval log goes.")] = Path("logs"),
 ) -> None:
-    """Measure any model on any prompts, rendered and graded as in the evaluate stage."""
+    """Measure any model, by a suite or on prompts of your own, rendered and graded as in the evaluate stage."""
     from delib import recipe as recipes
+
+    if (prompts is None) == (suite is None):
+        raise UserError("eval: name what to measure by, either --suite NAME or --prompts FILE")
+    if suite is not None:
+        from delib import measure
+
+        options = measure.options_of([*option, *([f"judge={judge}"] if judge else [])])
+        typer.echo(measure.suite(suite, model, options, log_dir, limit, json_out), nl=False)
+        return
+    if judge is not None or option:
+        raise UserError("eval: --judge and -T are a suite's; with --prompts the model's recipe names the judge")
     from delib import talk
 
-    typer.echo(talk.evaluate_file(model, recipes.path_of(prompts), json_out, limit), nl=False)
+    typer.echo(talk.evaluate_file(model, recipes.path_of(prompts or ""), json_out, limit), nl=False)
 
 
 @app.command()

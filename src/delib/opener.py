@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+from delib import recipe as recipes
 from delib.judges.compact import CompactJudge
 from delib.judges.probe import ProbeJudge
 from delib.judges.prompted import PromptedJudge
@@ -18,6 +19,12 @@ FITTED: dict[str, type[CompactJudge] | type[ProbeJudge]] = {"compact": CompactJu
 Judge = CompactJudge | ProbeJudge | PromptedJudge
 CONVERSATION_TOKENS = 2048
 """Room for the conversation and the instructions in a call of teacher or judge."""
+
+
+def recipe_of(model: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of the run that a checkpoint stands in, else the quickstart's; it gives spec and max_tokens."""
+    beside = Path(model).resolve().parent.parent / "recipe.yaml"
+    return recipes.load(beside if Path(model).is_dir() and beside.exists() else recipes.QUICKSTART, overrides)
 
 
 class Opener:

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,6 +81,40 @@ def read(name: Path | str, text: str | None = None) -> Iterator[Row]:
     return kind(Path(name), text) if kind else _jsonl(Path(name))
 
 
+def table(name: Path | str) -> Iterator[Row]:
+    """The rows of a set with all its columns under their own names: for layouts that only their reader knows. The cells
+    of CSV files are texts, and empty ones are left out.
+
+    Raises UserError when the set is not there or can not be read.
+    """
+    path, kind = Path(name), Path(name).suffix.lower()
+    if is_hub(name):
+        yield from (Row(f"{name}:{n}", dict(cells)) for n, cells in enumerate(_data_set(str(name))))
+    elif kind == ".csv":
+        lines = _csv_cells(path)
+        _, header = next(lines)
+        yield from (_under(header, place, cells) for place, cells in lines)
+    elif kind == ".parquet":
+        with _parquet_file(path) as file:
+            yield from (Row(place, cells) for place, cells in _batches(path, file, None))
+    elif kind == ".json":
+        yield from _json_list(path)
+    else:
+        yield from _jsonl(path)
+
+
+def _json_list(path: Path) -> Iterator[Row]:
+    try:
+        rows = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); mend it") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: not a list of JSON objects; write one, or JSON lines")
+    for number, row in enumerate(rows):
+        place = f"{path}:{number}"
+        yield Row(place, row) if isinstance(row, dict) else Row(place, {}, "not a JSON object")
+
+
 def _jsonl(path: Path) -> Iterator[Row]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -99,38 +134,60 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 
 def _csv(path: Path, text: str | None) -> Iterator[Row]:
+    lines = _csv_cells(path)
+    _, header = next(lines)
+    layout = _Layout(path, header, text)
+    for place, cells in lines:
+        found = _under(header, place, cells)
+        yield layout.row(place, found.data, decoded=False) if found.problem is None else found
+
+
+def _csv_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The header of a CSV file and then its rows, each with its place."""
     csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""), strict=True)
+    ended = 0
     try:
-        header = next(reader)
-        layout = _Layout(path, header, text)
-        ended = reader.line_num
         for cells in reader:
             place, ended = f"{path}:{ended + 1}", reader.line_num
-            if len(cells) > len(header):
-                yield Row(place, {}, f"{len(cells)} cells under {len(header)} columns; quote a cell that holds a comma")
-            elif cells:
-                yield layout.row(place, {c: v for c, v in zip(header, cells, strict=False) if v}, decoded=False)
+            if cells:
+                yield place, cells
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: broken CSV ({error}); mend it") from None
 
 
+def _under(header: list[str], place: str, cells: list[str]) -> Row:
+    """The cells that hold something, by column."""
+    if len(cells) > len(header):
+        problem = f"{len(cells)} cells under {len(header)} columns; quote a cell that holds a comma"
+        return Row(place, {}, problem)
+    return Row(place, {c: v for c, v in zip(header, cells, strict=False) if v})
+
+
 def _parquet(path: Path, text: str | None) -> Iterator[Row]:
+    with _parquet_file(path) as file:
+        layout = _Layout(path, file.schema_arrow.names, text)
+        for place, cells in _batches(path, file, layout.wanted):
+            yield layout.row(place, cells)
+
+
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            layout = _Layout(path, file.schema_arrow.names, text)
-            number = 0
-            for batch in file.iter_batches(columns=layout.wanted):
-                for cells in batch.to_pylist():
-                    yield layout.row(f"{path}:{number}", cells)
-                    number += 1
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path") from None
     except (arrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: no readable parquet file ({_first_line(error)}); write it anew") from None
+
+
+def _batches(path: Path, file: Any, columns: list[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    cells = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
+    return ((f"{path}:{number}", row) for number, row in enumerate(cells))
 
 
 def _hub(name: str, text: str | None) -> Iterator[Row]:
@@ -200,7 +257,7 @@ class _Layout:
             if "expected" in data:
                 data["expected"] = _expected(own["expected"], decoded)
             value = cells.get(self.column)
-            data["messages"] = _opening(_turns(value) if self.talk else _one_turn(value))
+            data["messages"] = conversation(value) if self.talk else _opening(_one_turn(value))
         except ValueError as error:
             return Row(place, {}, str(error))
         return Row(place, data)
@@ -217,6 +274,11 @@ def _json(what: str, value: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise ValueError(f"{what}: not JSON ({error})") from None
+
+
+def conversation(value: Any) -> list[dict[str, str]]:
+    """A foreign set's conversation up to its last answer. Raises ValueError when it is none."""
+    return _opening(_turns(value))
 
 
 def _one_turn(value: Any) -> list[dict[str, str]]:

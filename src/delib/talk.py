@@ -20,19 +20,12 @@ from delib.judges import agreement
 from delib.judges.prompted import PromptedJudge
 from delib.models import opened, weights
 from delib.models.calls import CallError
-from delib.opener import FITTED, Judge, Opener
+from delib.opener import FITTED, Judge, Opener, recipe_of
 from delib.progress import bar
-from delib.recipe import Recipe
 from delib.records import Message, Metric
 from delib.run import StageFolder, key_of, sha256, write_whole
 from delib.stages import evaluate
 from delib.stages import prompts as prompts_stage
-
-
-def recipe_of(model: str) -> Recipe:
-    """The recipe of the run that a checkpoint stands in, else the quickstart's; it gives spec and max_tokens."""
-    beside = Path(model).resolve().parent.parent / "recipe.yaml"
-    return recipes.load(beside if Path(model).is_dir() and beside.exists() else recipes.QUICKSTART)
 
 
 def chat(model: str, max_tokens: int) -> None:
@@ -122,6 +115,7 @@ def evaluate_file(model: str, prompts: Path, out: Path | None, limit: int | None
 def table(found: list[Metric]) -> str:
     """Figures as lines: name, value with interval, n. A figure of nothing is not printed as a number."""
     lines = []
+    width = max([32, *(len(metric.name) for metric in found)])
     for metric in found:
         if metric.value is None or metric.low is None or metric.high is None:
             shown = "ungraded"
@@ -130,7 +124,7 @@ def table(found: list[Metric]) -> str:
         else:
             shown = f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]"
         extra = f", {metric.n_ungraded} ungraded" if metric.n_ungraded else ""
-        lines.append(f"{metric.name:32} {shown:24} n={metric.n}{extra}")
+        lines.append(f"{metric.name:{width}} {shown:24} n={metric.n}{extra}")
     return "\n".join(lines) + "\n"
 
 

@@ -58,14 +58,17 @@ async def open_model(
     recipe: Recipe, name: str, ledger: Ledger, cache: Cache | None, *, context_tokens: int
 ) -> AsyncIterator[Caller]:
     """A model by its name. `context_tokens`: the most that prompt and completion of one call may have."""
-    seconds, slots = ledger.limits.timeout_seconds, min(embedded.SLOTS, ledger.limits.concurrency)
+    seconds = ledger.limits.timeout_seconds
     if name.endswith(".gguf"):
         check(name)
+        # Twice as many places as calls: each keeps the beginning of another kind of call (teacher's, judge's), which is
+        # most of it, and llama.cpp takes the free place whose beginning is most alike.
+        slots = min(embedded.SLOTS, 2 * ledger.limits.concurrency)
         async with embedded.serve_gguf(
             Path(name), context_tokens=context_tokens, slots=slots, seconds=seconds
         ) as served:
             try:
-                yield Caller(served, cache, ledger, embedded.SLOTS)
+                yield Caller(served, cache, ledger, slots)
             finally:
                 ledger.write()
     elif is_hosted(name):
