@@ -7,7 +7,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "delib"
 FLOORS = [
     {"errors", "records", "stats"},
     {"spec", "run", "recipe", "chat", "progress", "sources", "overlap"},
-    {"models", "judges", "evals", "labelling"},
+    {"models", "judges", "evals", "labelling", "authoring"},
     {"stages"},
     {"opener", "life", "pack"},
     {"evals.building", "evals.capability", "evals.loaders", "evals.provider", "evals.registry", "evals.scorers"}

@@ -233,16 +233,68 @@ def prompts_check(
     typer.echo(pack.check(file, loaded, against), nl=False)
 
 
-@spec_app.command("check")
-def spec_check(file: Annotated[Path, typer.Argument(help="A spec in markdown.")]) -> None:
-    """List every structural problem of a spec with its line."""
-    from delib import spec
+@spec_app.command("new")
+def spec_new(
+    file: Annotated[Path, typer.Argument(help="The spec to write; it must not be there yet.")],
+    outline: Annotated[
+        str | None, typer.Option("--outline", help="Start from an outline, ailuminate or agents, without questions.")
+    ] = None,
+) -> None:
+    """Start a spec: answer a few questions, or take an outline; what is left to you is marked TODO."""
+    from delib.authoring import draft
 
-    problems = spec.check(file)
-    if problems:
-        raise UserError(problems)
-    loaded = spec.load(file)
-    typer.echo(f"{file}: sound; {len(loaded.categories)} categories, {len(loaded.clauses)} clauses")
+    typer.echo(draft.create(file, outline), nl=False)
+
+
+@spec_app.command("check")
+def spec_check(
+    file: Annotated[Path, typer.Argument(help="A spec in markdown.")],
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors too.")] = False,
+) -> None:
+    """List every structural problem of a spec with its line; of a sound one, what to look at again."""
+    from delib import recipe as recipes
+    from delib.authoring import check as checking
+
+    typer.echo(checking.report(recipes.path_of(str(file)), strict), nl=False)
+
+
+@spec_app.command("show")
+def spec_show(
+    file: Annotated[Path, typer.Argument(help="A spec in markdown, or a shipped one, such as starter:agents.md.")],
+    category: Annotated[
+        str | None, typer.Option("--category", help="Only this category, with its clauses' texts.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page here, with an anchor a clause.")] = None,
+) -> None:
+    """Show a spec: categories, clauses, behaviours and styles."""
+    from delib import recipe as recipes
+    from delib.authoring import show as showing
+
+    typer.echo(showing.report(recipes.path_of(str(file)), category, html), nl=False)
+
+
+@spec_app.command("diff")
+def spec_diff(
+    old: Annotated[Path, typer.Argument(help="The spec before.")],
+    new: Annotated[Path, typer.Argument(help="The spec after.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Tell what changed, clause by clause, and which categories' prompts it touches."""
+    from delib.authoring import diff
+
+    typer.echo(diff.report(old, new, as_json), nl=False)
+
+
+@spec_app.command("import")
+def spec_import(
+    file: Annotated[Path, typer.Argument(help="A policy document in markdown.")],
+    form: Annotated[str, typer.Option("--format", help="model-spec (OpenAI's layout) or markdown.")],
+    to: Annotated[Path, typer.Option("--to", help="The spec to write; it must not be there yet.")],
+) -> None:
+    """Make a policy document into a spec; tells of every heading what it became, or why it was left out."""
+    from delib.authoring import importing
+
+    typer.echo(importing.report(file, form, to), nl=False)
 
 
 @models_app.command("pull")

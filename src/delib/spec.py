@@ -16,7 +16,7 @@ from delib.errors import UserError
 from delib.records import Behaviour
 
 BEHAVIOURS: tuple[str, ...] = get_args(Behaviour)
-_CLAUSE = re.compile(r"^### (\S+) \(([^)]*)\):\s*(.*)$")
+CLAUSE = re.compile(r"^### (\S+) \(([^)]*)\):\s*(.*)$")
 _ELEMENT = re.compile(r"^- (must|avoid) `([^`]+)`: (.*?)(?:\s*Examples: (.*))?$")
 _LENGTH = re.compile(r"^- length: (?:at least (\d+) words)?(?:, )?(?:at most (\d+) words)?$")
 _ID = re.compile(r"[A-Z][A-Za-z]*-?\d+$")
@@ -160,12 +160,12 @@ def check(path: Path) -> list[str]:
     return []
 
 
-class _Block:
+class Block:
     """A heading with the lines under it, up to the next heading of its level or higher."""
 
     def __init__(self, line: int, heading: str) -> None:
         self.line, self.heading, self.lines = line, heading, list[tuple[int, str]]()
-        self.children: list[_Block] = []
+        self.children: list[Block] = []
 
     @property
     def own(self) -> str:
@@ -176,19 +176,19 @@ class _Block:
         return "\n\n".join(p for p in [self.heading, self.own, *(c.full for c in self.children)] if p)
 
 
-def _blocks(text: str) -> tuple[str, str, list[_Block]]:
+def blocks(text: str) -> tuple[str, str, list[Block]]:
     """The title, the introduction and the `##` blocks with their `###` children."""
-    title, intro, sections = "", list[str](), list[_Block]()
-    target: _Block | None = None
+    title, intro, sections = "", list[str](), list[Block]()
+    target: Block | None = None
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.rstrip()
         if line.startswith("# "):
             title = line[2:].strip()
         elif line.startswith("## "):
-            target = _Block(number, line)
+            target = Block(number, line)
             sections.append(target)
         elif line.startswith("### ") and sections:
-            target = _Block(number, line)
+            target = Block(number, line)
             sections[-1].children.append(target)
         elif target is None:
             intro.append(line)
@@ -205,8 +205,8 @@ def parse(text: str, where: str = "spec") -> Spec:
     def bad(line: int, what: str) -> None:
         problems.append(f"{where}:{line}: {what}")
 
-    def clause(block: _Block, category: str | None) -> Clause | None:
-        match = _CLAUSE.match(block.heading)
+    def clause(block: Block, category: str | None) -> Clause | None:
+        match = CLAUSE.match(block.heading)
         if match is None:
             if category is None or "(" in block.heading:
                 bad(block.line, f"{block.heading!r} is no clause heading; write '### ID (behaviour, style): Title'")
@@ -236,7 +236,7 @@ def parse(text: str, where: str = "spec") -> Spec:
         )
 
     uses: list[tuple[int, str, str, str | None]] = []
-    title, intro, sections = _blocks(text)
+    title, intro, sections = blocks(text)
     general: list[Clause] = []
     styles: list[Style] = []
     categories: list[Category] = []
@@ -282,7 +282,7 @@ def parse(text: str, where: str = "spec") -> Spec:
     )
 
 
-def _category(section: _Block, name: str, clause, bad) -> Category:  # type: ignore[no-untyped-def]
+def _category(section: Block, name: str, clause, bad) -> Category:  # type: ignore[no-untyped-def]
     if not name:
         bad(section.line, "a category needs a name: '## Category: name'")
     found = re.search(r"^Summary:\s*(.+)$", section.own, re.MULTILINE)
@@ -294,8 +294,8 @@ def _category(section: _Block, name: str, clause, bad) -> Category:  # type: ign
     return Category(name=name, summary=found.group(1) if found else "", text=section.full, clauses=clauses)
 
 
-def _style(block: _Block, bad) -> Style | None:  # type: ignore[no-untyped-def]
-    match = _CLAUSE.match(block.heading)
+def _style(block: Block, bad) -> Style | None:  # type: ignore[no-untyped-def]
+    match = CLAUSE.match(block.heading)
     if match is None or match.group(2) not in BEHAVIOURS:
         bad(block.line, f"{block.heading!r} is no style heading; write '### name (behaviour): Title'")
         return None
