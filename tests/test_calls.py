@@ -200,6 +200,19 @@ def test_a_full_server_is_waited_for_longer_than_a_failing_one(monkeypatch):
     assert isinstance(failed, CallError) and "full for" in str(failed)
 
 
+def test_the_tries_of_a_failing_call_span_half_a_minute(monkeypatch):
+    pauses, sleep = [], asyncio.sleep
+
+    async def noted(seconds):
+        pauses.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    [failed], _ = with_fixed(lambda c: many(c, 1), PassingError("500"))
+    assert isinstance(failed, CallError) and "failed at 6 tries" in str(failed)
+    assert 30 <= sum(pauses) <= 36
+
+
 def test_half_a_surrogate_pair_can_be_written(tmp_path):
     broken = Reply(json.loads('"half \\ud83d"'), None, False, {})
     made, _ = with_fixed(lambda c: c.complete(asked(), **ONE), broken, cache=Cache(tmp_path / "c.sqlite"))

@@ -47,3 +47,12 @@ def test_quickstart_is_sound_and_survives_a_round_trip(tmp_path):
     copy = tmp_path / "copy.yaml"
     copy.write_text(recipe.dump(loaded), encoding="utf-8")
     assert recipe.load(copy) == loaded
+
+
+def test_a_fitted_judge_has_three_members_and_a_model_as_many_runs_as_it_is_asked(monkeypatch):
+    from delib import pipeline
+
+    monkeypatch.setenv("MOCK_BASE_URL", "http://127.0.0.1:9/v1")
+    compact = recipe.load(recipe.QUICKSTART, ["filter.runs=4"])
+    assert pipeline.check(compact) == ["filter.runs: 4 runs of judge compact, which has three members"]
+    assert pipeline.check(recipe.load(recipe.QUICKSTART, ["filter.runs=4", "judge=openai-api/mock/m"])) == []

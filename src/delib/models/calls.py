@@ -223,7 +223,7 @@ class Caller:
         from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
         from tenacity import wait_exponential_jitter as jitter
 
-        grow = jitter(multiplier=1.0, max=LONGEST_WAIT / 2, jitter=0.5)
+        grow = jitter(multiplier=2.0, max=LONGEST_WAIT / 2, jitter=0.5)
         broken = 0 if first.full else 1
 
         def raised(state: RetryCallState) -> PassingError:
