@@ -155,7 +155,7 @@ class Fixed:
     def sent(self, messages):
         return messages[0].content
 
-    async def attempt(self, messages, *, max_tokens, temperature, seed):
+    async def attempt(self, sent, messages, *, max_tokens, temperature, seed):
         self.asked += 1
         await asyncio.sleep(0)
         reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
@@ -263,7 +263,7 @@ class Crowded:
     def sent(self, messages):
         return messages[0].content
 
-    async def attempt(self, messages, *, max_tokens, temperature, seed):
+    async def attempt(self, sent, messages, *, max_tokens, temperature, seed):
         self.inside += 1
         self.most.append(self.inside)
         try:
@@ -324,9 +324,12 @@ def test_the_key_is_sent_and_stands_in_no_file(endpoint, tmp_path, monkeypatch):
 
 def test_several_processes_share_a_cache(tmp_path):
     script = (
-        "import sys; from pathlib import Path; from delib.models.cache import Cache\n"
+        "import asyncio, sys; from pathlib import Path; from delib.models.cache import Cache\n"
         "cache = Cache(Path(sys.argv[1]))\n"
-        "for n in range(200): cache.put(f'{sys.argv[2]}-{n}', f'reply {n}')"
+        "async def fill():\n"
+        "    for n in range(100):\n"
+        "        await asyncio.gather(*(cache.put(f'{sys.argv[2]}-{n + k}', f'reply {n + k}') for k in (0, 100)))\n"
+        "asyncio.run(fill())"
     )
     file = tmp_path / "c.sqlite"
     running = [subprocess.Popen([sys.executable, "-c", script, str(file), str(n)]) for n in range(3)]

@@ -63,3 +63,7 @@ def test_what_a_server_returns_is_parted_once():
     assert (made.reasoning, made.answer, made.finish) == ("why", "yes", "stop")
     made = chat.received("why</think>yes", None, sent='[{"role": "user"}]', model="m", cut=False)
     assert (made.reasoning, made.answer, made.finish) == ("why", "yes", "stop")
+    made = chat.received("<think>clause</think>yes", "own", sent="", model="m", cut=False)
+    assert (made.reasoning, made.answer, made.finish) == ("own\n\nclause", "yes", "stop")
+    made = chat.received("<think>never closed", "own", sent="", model="m", cut=False)
+    assert (made.answer, made.finish) == ("", "malformed")

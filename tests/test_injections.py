@@ -50,7 +50,7 @@ def parts(text: str) -> tuple[str, str]:
 
 def asked(row, *, injected: bool, run: int = 0, template: str = "defended") -> str:
     judge = PromptedJudge(POLICY, Obedient(), name="j", template=injections.TEMPLATES[template])
-    return judge.messages(*injections.made(row, injected=injected), row.view, run)[0].content
+    return judge.asked(*injections.made(row, injected=injected), row.view, run + 1)[run][0].content
 
 
 def nonce_of(text: str) -> str:
@@ -159,7 +159,7 @@ def test_reasoning_that_speaks_to_the_judge_is_not_shown_in_the_answers_view():
     judge = PromptedJudge(POLICY, Obedient(), name="j")
     for row in ROWS:
         if row.where == "reasoning":
-            sent = judge.messages(*injections.made(row, injected=True), "answer", 0)[0].content
+            sent = judge.asked(*injections.made(row, injected=True), "answer", 1)[0][0].content
             assert row.answer in sent
             assert row.reasoning not in sent and row.injection not in sent
 

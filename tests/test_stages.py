@@ -164,8 +164,10 @@ def test_a_live_teacher_sees_the_excerpt_and_finished_samples_are_not_made_again
     first = FlakyTeacher("double by May")
     folder, made = live(pack, first, rate=0.5)
     assert made.counts == {"in": 6, "out": 10, "failed": 2}
-    assert "Telling which share to buy is refused." in first.sent[0]
-    assert "Signs of a scam are explained." not in first.sent[0]
+    full = ["Telling which share to buy is refused." in text for text in first.sent]
+    assert any(full) and not all(full)
+    assert not any("Signs of a scam are explained." in text for text, one in zip(first.sent, full, strict=True) if one)
+    assert full == sorted(full) or full == sorted(full, reverse=True)  # those of one category together
     before = folder.records(Sample)
     second = FlakyTeacher("nothing like this")
     folder, made = live(pack, second, rate=0.5)

@@ -104,8 +104,12 @@ def received(
     seed: int | None = None,
 ) -> Completion:
     """A Completion from what an endpoint gave back, in any of the ways reasoning comes: apart (`reasoning`), in think
-    tags, or closed without being opened because the template on the server opened it."""
+    tags, closed without being opened because the template on the server opened it, or both apart and in tags, from a
+    model that thinks by itself and was asked for tags too: then both are its reasoning, in that order."""
     if reasoning is not None and reasoning.strip():
+        inside = split(text)
+        if inside.reasoning is not None and not inside.malformed:
+            reasoning, text = f"{reasoning.strip()}\n\n{inside.reasoning}", inside.answer
         text = join(reasoning, text)
     elif not opened(sent) and OPEN not in text and text.count(CLOSE) == 1:
         text = OPEN + text

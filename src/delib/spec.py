@@ -7,6 +7,7 @@ principles may decide a prompt of any category, or of none.
 
 import hashlib
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import cast, get_args
 
@@ -77,7 +78,7 @@ class Spec(BaseModel):
     def hash(self) -> str:
         return digest(self.text)
 
-    @property
+    @cached_property
     def clauses(self) -> dict[str, Clause]:
         return {c.id: c for c in [*self.general, *(c for cat in self.categories for c in cat.clauses)]}
 
@@ -112,15 +113,19 @@ class Spec(BaseModel):
 
         `category` None (no category applies): the summaries, principles and styles alone.
         """
-        parts = [
-            "# Summaries of all categories",
-            *(f"- {c.name}: {c.summary}" for c in self.categories),
-            self.principles,
-            self.styles_text,
-        ]
-        if category is not None:
-            parts.append(self.category(category).text)
-        return "\n\n".join(parts)
+        return self._excerpts[category]
+
+    @cached_property
+    def _excerpts(self) -> dict[str | None, str]:
+        common = "\n\n".join(
+            [
+                "# Summaries of all categories",
+                *(f"- {c.name}: {c.summary}" for c in self.categories),
+                self.principles,
+                self.styles_text,
+            ]
+        )
+        return {None: common} | {c.name: f"{common}\n\n{c.text}" for c in self.categories}
 
     def excerpt_id(self, category: str | None) -> str:
         """The hash of the excerpt, so that an edited clause touches only what saw it."""

@@ -101,38 +101,40 @@ class PromptedJudge:
         self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], runs: int
     ) -> list[Verdict]:
         """`runs` verdicts, asked for side by side. One that failed or stayed unreadable is ungraded, with its cause."""
-        return await together(*(self._run(prompt, completion, view, run) for run in range(runs)))
+        asked = self.asked(prompt, completion, view, runs)
+        return await together(*(self._run(asked[run], view, run) for run in range(runs)))
 
-    def messages(
-        self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], run: int
-    ) -> list[Message]:
-        """What the judge is asked in one run."""
+    def asked(
+        self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], runs: int
+    ) -> list[list[Message]]:
+        """What the judge is asked in each run."""
         side = None
         demand = self.spec.required(prompt.clause, prompt.behaviour)
         if self.side_information and demand is not None:
             by = f" (clause {prompt.clause})" if prompt.clause else ""
             side = f"the policy demands to {DEMANDS[demand]} here{by}."
         reasoning = (completion.reasoning or "") if view == "full" else None
-        material = [[m.model_dump() for m in prompt.messages], reasoning, completion.answer, run]
-        nonce = hashlib.sha256(json.dumps(material).encode()).hexdigest()[:20]
-        text = _template(self.template).render(
-            excerpt=self.spec.excerpt(prompt.category),
-            nonce=nonce,
-            messages=[m.model_copy(update={"content": shown(m.content)}) for m in prompt.messages],
-            reasoning=None if reasoning is None else shown(reasoning),
-            answer=shown(completion.answer),
-            side=side,
-        )
-        return [Message(role="user", content=text)]
+        parts = {
+            "excerpt": self.spec.excerpt(prompt.category),
+            "messages": [{"role": m.role, "content": shown(m.content)} for m in prompt.messages],
+            "reasoning": None if reasoning is None else shown(reasoning),
+            "answer": shown(completion.answer),
+            "side": side,
+        }
+        material = json.dumps([[m.model_dump() for m in prompt.messages], reasoning, completion.answer])
+        template, made = _template(self.template), list[list[Message]]()
+        for run in range(runs):
+            nonce = hashlib.sha256(f"{material} {run}".encode()).hexdigest()[:20]
+            made.append([Message(role="user", content=template.render(parts, nonce=nonce))])
+        return made
 
     async def observe(self, messages: list[Message], answer: str) -> Observed | None:
         """What an answer does, with no category known; None when the verdict is ungraded."""
         prompt = Prompt(id="", messages=messages)
         made = Completion(reasoning=None, answer=answer, finish="stop", model="", text=answer, sent="")
-        return (await self._run(prompt, made, "answer", 0)).behaviour
+        return (await self._run(self.asked(prompt, made, "answer", 1)[0], "answer", 0)).behaviour
 
-    async def _run(self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], run: int) -> Verdict:
-        asked = self.messages(prompt, completion, view, run)
+    async def _run(self, asked: list[Message], view: Literal["full", "answer"], run: int) -> Verdict:
         failure, sent = "", asked[0].content
         for reading in range(READINGS):
             index = run + 1000 * reading

@@ -70,8 +70,11 @@ class Backend(Protocol):
     def sent(self, messages: list[Message]) -> str:
         """Exactly what the model sees."""
 
-    async def attempt(self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int) -> Reply:
-        """Raises PassingError, RefusedError, CallError, or StageError where every call would fail alike."""
+    async def attempt(
+        self, sent: str, messages: list[Message], *, max_tokens: int, temperature: float, seed: int
+    ) -> Reply:
+        """`sent`: what the method made of the messages. Raises PassingError, RefusedError, CallError, or StageError
+        where every call would fail alike."""
 
     async def close(self) -> None: ...
 
@@ -193,7 +196,7 @@ class Caller:
         if stored is None:
             reply = await self._paid(sent, messages, max_tokens=max_tokens, temperature=temperature, seed=seed)
             if self.cache is not None:
-                self.cache.put(key, json.dumps(reply))
+                await self.cache.put(key, json.dumps(reply))
         else:
             reply = Reply(*json.loads(stored))
         return chat.received(
@@ -212,14 +215,14 @@ class Caller:
         reply = None
         try:
             try:
-                reply = await self._attempt(messages, **asked)
+                reply = await self._attempt(sent, messages, **asked)
             except PassingError as error:
-                reply = await self._again(error, messages, **asked)
+                reply = await self._again(error, sent, messages, **asked)
         finally:
             self.ledger.settle(self.name, prompt, most, reply)
         return reply
 
-    async def _again(self, first: PassingError, messages: list[Message], **asked: Any) -> Reply:
+    async def _again(self, first: PassingError, sent: str, messages: list[Message], **asked: Any) -> Reply:
         from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
         from tenacity import wait_exponential_jitter as jitter
 
@@ -245,16 +248,16 @@ class Caller:
         await asyncio.sleep(0.5 if first.wait is None else min(first.wait, LONGEST_WAIT))
         tries = AsyncRetrying(retry=retry_if_exception_type(PassingError), stop=enough, wait=pause, reraise=True)
         try:
-            reply: Reply = await tries(self._attempt, messages, **asked)
+            reply: Reply = await tries(self._attempt, sent, messages, **asked)
         except PassingError as error:
             how = f"full for {PATIENCE:.0f} s" if error.full else f"failed at {broken} tries"
             raise CallError(f"{self.name}: {how}, last: {error}") from error
         return reply
 
-    async def _attempt(self, messages: list[Message], **asked: Any) -> Reply:
+    async def _attempt(self, sent: str, messages: list[Message], **asked: Any) -> Reply:
         async with self._slots:
             try:
-                reply = await self.backend.attempt(messages, **asked)
+                reply = await self.backend.attempt(sent, messages, **asked)
             except PassingError as error:
                 self._note_failure(error)
                 raise

@@ -36,11 +36,13 @@ class EmbeddedModel:
     def sent(self, messages: list[Message]) -> str:
         return chat.render(self._tokenizer, messages)
 
-    async def attempt(self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int) -> Reply:
+    async def attempt(
+        self, sent: str, messages: list[Message], *, max_tokens: int, temperature: float, seed: int
+    ) -> Reply:
         import aiohttp
 
         body = {
-            "prompt": self._tokenizer.encode(self.sent(messages), add_special_tokens=False),
+            "prompt": self._tokenizer.encode(sent, add_special_tokens=False),
             "n_predict": max_tokens,
             "temperature": temperature,
             "seed": seed,

@@ -64,18 +64,15 @@ class Endpoint:
     def sent(self, messages: list[Message]) -> str:
         return to_json([{"role": m.role, "content": m.content} for m in messages]).decode()
 
-    async def attempt(self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int) -> Reply:
+    async def attempt(
+        self, sent: str, messages: list[Message], *, max_tokens: int, temperature: float, seed: int
+    ) -> Reply:
         import aiohttp
 
-        body = {
-            "model": self._model,
-            "messages": [{"role": m.role, "content": m.content} for m in messages],
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "seed": seed,
-        }
+        rest = {"model": self._model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        body = b'{"messages":%b,%b' % (sent.encode(), to_json(rest)[1:])
         try:
-            async with self._open().post(self._address, data=to_json(body), headers=self._headers) as reply:
+            async with self._open().post(self._address, data=body, headers=self._headers) as reply:
                 status, text = reply.status, await reply.read()
                 wait = reply.headers.get("Retry-After")
         except TimeoutError:

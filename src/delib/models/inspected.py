@@ -31,7 +31,9 @@ class Inspected:
     def sent(self, messages: list[Message]) -> str:
         return to_json([{"role": m.role, "content": m.content} for m in messages]).decode()
 
-    async def attempt(self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int) -> Reply:
+    async def attempt(
+        self, sent: str, messages: list[Message], *, max_tokens: int, temperature: float, seed: int
+    ) -> Reply:
         from inspect_ai.log._transcript import Transcript, init_transcript
         from inspect_ai.model import (
             ChatMessageAssistant,

@@ -22,14 +22,16 @@ class LocalModel:
     def sent(self, messages: list[Message]) -> str:
         return chat.render(self.tokenizer, messages)
 
-    async def attempt(self, messages: list[Message], *, max_tokens: int, temperature: float, seed: int) -> Reply:
+    async def attempt(
+        self, sent: str, messages: list[Message], *, max_tokens: int, temperature: float, seed: int
+    ) -> Reply:
         async with self._turn:
-            return await asyncio.to_thread(self._generate, messages, max_tokens, temperature, seed)
+            return await asyncio.to_thread(self._generate, sent, max_tokens, temperature, seed)
 
-    def _generate(self, messages: list[Message], max_tokens: int, temperature: float, seed: int) -> Reply:
+    def _generate(self, sent: str, max_tokens: int, temperature: float, seed: int) -> Reply:
         import torch
 
-        inputs = self.tokenizer(self.sent(messages), add_special_tokens=False, return_tensors="pt")
+        inputs = self.tokenizer(sent, add_special_tokens=False, return_tensors="pt")
         inputs = inputs.to(self.model.device)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         torch.manual_seed(seed)

@@ -121,7 +121,9 @@ def live(
 
                 def items() -> Iterator[tuple[Prompt, int] | Sample]:
                     yield from (s for s in itertools.islice(folder.stream(Sample), earlier) if s.failure is None)
-                    yield from ((p, i) for p in prompts for i in range(samples) if f"{p.id}#{i}" not in done)
+                    # Those of one category together: servers keep what calls begin with alike, the excerpt.
+                    alike = sorted(prompts, key=lambda p: p.category or "")
+                    yield from ((p, i) for p in alike for i in range(samples) if f"{p.id}#{i}" not in done)
 
                 await side_by_side(items(), one, at_once)
 
