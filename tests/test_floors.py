@@ -7,13 +7,14 @@ SOURCE = Path(__file__).parent.parent / "src" / "delib"
 FLOORS = [
     {"errors", "records", "stats"},
     {"spec", "run", "recipe", "chat", "progress", "sources", "overlap"},
-    {"models", "judges", "evals", "labelling", "authoring"},
+    {"models", "judges", "evals", "labelling", "authoring", "training"},
     {"stages"},
     {"opener", "life", "pack"},
     {"evals.building", "evals.capability", "evals.loaders", "evals.provider", "evals.registry", "evals.scorers"}
     | {"evals.suites"},
     {"pipeline"},
     {"talk", "compare", "export", "plan", "measure"},
+    {"export_model", "model_card", "serving"},
     {"cli"},
 ]
 HEAVY = {
@@ -30,6 +31,7 @@ HEAVY = {
     "inspect_ai",
     "anyio",
     "datasketch",
+    "peft",
     "pyarrow",
 }
 

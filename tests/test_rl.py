@@ -7,12 +7,35 @@ import pytest
 
 from conftest import ROWS, SPEC
 from delib import recipe, spec
+from delib.errors import UserError
+from delib.models import embedded
 from delib.recipe import EvaluateSection, RlSection
 from delib.records import Message, Prompt, Sample, Verdict
 from delib.run import StageFolder
 from delib.stages import rl
+from delib.training.reward import Reward
 
 POLICY = spec.parse(SPEC)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny matrices: a second thread only waits."""
+    import torch
+
+    inner = embedded.parameters
+
+    def parameters(*given):
+        made = inner(*given)
+        made.cpuparams.n_threads = made.cpuparams_batch.n_threads = 1
+        return made
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    embedded.parameters = parameters
+    yield
+    embedded.parameters = inner
+    torch.set_num_threads(threads)
 
 
 class WatchingJudge:
@@ -37,26 +60,39 @@ def opened(judge):
     return enter
 
 
-def graded_by(judge):
-    return lambda shown: [asyncio.run(judge.grade(prompt, made, "answer", 1)) for prompt, made in shown]
+def reward(tokenizer, tmp_path, judge, texts, sent="<|im_start|>assistant\n", expected=None, **more):
+    """The rewards of one step's completions to one prompt, the samples on disk, and what was logged."""
 
-
-def reward(tokenizer, tmp_path, judge, texts, sent="<|im_start|>assistant\n"):
     class State:
         global_step = 0
 
-    prompt = Prompt(id="p", messages=[Message(role="user", content="Q")], clause="K1", category="investment")
+    prompt = Prompt(
+        id="p", messages=[Message(role="user", content="Q")], clause="K1", category="investment", expected=expected
+    )
+    tmp_path.mkdir(exist_ok=True)
     folder = StageFolder(tmp_path)
-    function = rl.reward_function({"p": prompt}, graded_by(judge), POLICY, tokenizer, {tokenizer.eos_token_id}, folder)
+    function = Reward(
+        [prompt],
+        judge,
+        asyncio.run,
+        POLICY,
+        tokenizer,
+        {tokenizer.eos_token_id},
+        folder,
+        per_step=len(texts),
+        **more,
+    )
     ids = [tokenizer.encode(t, add_special_tokens=False) for t in texts]
+    logged = {}
     found = function(
         prompts=[sent] * len(texts),
         completions=["not looked at"] * len(texts),
         completion_ids=ids,
         prompt_id=["p"] * len(texts),
         trainer_state=State(),
+        log_metric=logged.__setitem__,
     )
-    return found, folder.records(Sample)
+    return found, folder.records(Sample), logged
 
 
 SECRET = "SECRET-REASONING"
@@ -71,7 +107,7 @@ def test_the_rl_judge_never_sees_the_reasoning(tokenizer, tmp_path):
         f"<think>{SECRET}</think><think>{SECRET}</think>Sorry.<|im_end|>",
         f"<think>\n{SECRET}\n</think>\n\nSorry, cut",
     ]
-    found, samples = reward(tokenizer, tmp_path, judge, texts)
+    found, samples, _ = reward(tokenizer, tmp_path, judge, texts)
     assert found == [0.7, 0.0, 0.0, 0.0, 0.0]
     assert len(judge.shown) == 1, "malformed and truncated completions cost no judge call"
     assert all(view == "answer" and SECRET not in shown for view, shown in judge.shown)
@@ -85,7 +121,7 @@ def test_reasoning_tags_that_are_special_tokens_do_not_vanish(tiny_model, tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
     judge = WatchingJudge()
-    found, _ = reward(tokenizer, tmp_path, judge, [f"<think>\n{SECRET}\n</think>\n\nSorry.<|im_end|>"])
+    found, _, _ = reward(tokenizer, tmp_path, judge, [f"<think>\n{SECRET}\n</think>\n\nSorry.<|im_end|>"])
     assert found == [0.7]
     assert SECRET not in judge.shown[0][1]
 
@@ -94,14 +130,14 @@ def test_a_template_that_opens_the_reasoning(tokenizer, tmp_path):
     judge = WatchingJudge()
     opened = "<|im_start|>assistant\n<think>\n"
     texts = [f"{SECRET}\n</think>\n\nSorry.<|im_end|>", f"{SECRET} Sorry.<|im_end|>"]
-    found, _ = reward(tokenizer, tmp_path, judge, texts, sent=opened)
+    found, _, _ = reward(tokenizer, tmp_path, judge, texts, sent=opened)
     assert found == [0.7, 0.0]
     assert len(judge.shown) == 1
     assert SECRET not in judge.shown[0][1]
 
 
 def test_a_judge_failure_is_no_reward_and_not_zero(tokenizer, tmp_path):
-    found, samples = reward(tokenizer, tmp_path, WatchingJudge(None), ["<think>a</think>Sorry.<|im_end|>"])
+    found, samples, _ = reward(tokenizer, tmp_path, WatchingJudge(None), ["<think>a</think>Sorry.<|im_end|>"])
     assert found == [None]
     assert samples[0].failure == "ungraded"
 
@@ -154,7 +190,7 @@ def test_what_was_cut_off_before_evaluates_limit_moves_no_weight(
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(
-        rl, "reward_function", lambda *_: lambda prompts, completions, **__: [float(n % 2) for n in range(len(prompts))]
+        Reward, "__call__", lambda self, prompts, completions, **_: [float(n % 2) for n in range(len(prompts))]
     )
     prompts = [
         Prompt(id=name, messages=[Message(role="user", content=text)], category=about, clause=clause, behaviour=kind)
@@ -176,3 +212,43 @@ def test_what_was_cut_off_before_evaluates_limit_moves_no_weight(
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").state_dict()
     same = all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
     assert same is not moved
+
+
+def texts_of(*answers):
+    return [f"<think>\nwhy\n</think>\n\n{answer}<|im_end|>" for answer in answers]
+
+
+def test_expected_answers_reward_without_the_judge(tokenizer, tmp_path):
+    judge = WatchingJudge(0.3)
+    answers = ("It is 42.", "It is 142.", "I'm sorry, I can't say 42.", "42 " * 40)
+    texts = [*texts_of(*answers), "<think>\n42"]
+    found, samples, logged = reward(tokenizer, tmp_path, judge, texts, expected=["42"], exact=True)
+    assert found == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert judge.shown == []
+    assert [v.judge for s in samples for v in s.verdicts] == ["expected answer"] * 4
+    assert logged["monitor/well_formed"] == 0.8
+    found, _, _ = reward(tokenizer, tmp_path / "judged", judge, texts, expected=["42"])
+    assert found == [0.3, 0.3, 0.3, 0.3, 0.0], "by default the judge decides"
+
+
+def test_what_was_cut_off_leaves_the_baseline_where_it_is_out(tokenizer, tmp_path):
+    texts = [
+        *texts_of("Yes."),
+        "<think>\nnever closed",
+        "<think>\nwhy\n</think>\n\nYes, and",
+        "</think> astray<|im_end|>",
+    ]
+    found, samples, _ = reward(tokenizer, tmp_path, WatchingJudge(), texts, cut_off_leaves=True)
+    assert found == [0.7, None, None, 0.0], "what ended by itself and is malformed has the lowest reward"
+    assert [s.drop_reason for s in samples] == [None, "cut off", "cut off", None]
+    assert [s.failure for s in samples] == [None] * 4, "nobody failed to grade them"
+    found, _, _ = reward(tokenizer, tmp_path / "in", WatchingJudge(), texts)
+    assert found == [0.7, 0.0, 0.0, 0.0]
+
+
+def test_curves_go_only_where_the_package_is(tmp_path):
+    given = recipe.Recipe(rl=RlSection(report_to="trackio"))
+    if rl.problems(given):
+        with pytest.raises(UserError, match=r"rl\.report_to: trackio is not installed; pip install trackio"):
+            rl.run(given, [], opened(WatchingJudge()), POLICY, tmp_path, StageFolder(tmp_path))
+    assert rl.problems(recipe.Recipe()) == []

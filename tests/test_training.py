@@ -267,3 +267,181 @@ def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path):
             (tmp_path / name / "trainer_state.json").write_text(state)
     assert weights.last_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-9"]
+
+
+def short_examples(count=12):
+    return [
+        Example(
+            prompt_id=f"p{n}",
+            messages=[Message(role="user", content=f"Hello {n}?")],
+            reasoning="Harmful: " + "why " * (n % 5) + "is told. I refuse.",
+            answer="I'm sorry.",
+        )
+        for n in range(count)
+    ]
+
+
+def test_an_adapter_is_merged_into_the_checkpoint_and_lies_beside_it(tiny_model, tmp_path):
+    """The checkpoint is a whole model that answers as base with the adapter does; frozen layers get none; the training
+    goes on after a kill."""
+    import json
+
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.1}
+    given = recipe.Recipe(
+        sft=SftSection(epochs=1, batch_size=2, learning_rate=0.01, checkpoint_steps=3, frozen_layers=1, lora=lora)
+    )
+    made = sft.run(given, short_examples(), tiny_model, StageFolder(tmp_path / "whole"))
+    checkpoint = tmp_path / "whole" / "checkpoint"
+    told = json.loads((checkpoint / "adapter" / "adapter_config.json").read_text())
+    assert (told["r"], told["lora_alpha"]) == (4, 8)
+    tensors = load_file(checkpoint / "adapter" / "adapter_model.safetensors")
+    assert tensors
+    assert all(".layers.1." in name and "lm_head" not in name for name in tensors)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        plain, whole = base(ids).logits, merged(ids).logits
+        beside = PeftModel.from_pretrained(base, str(checkpoint / "adapter"))(ids).logits
+    assert torch.allclose(whole, beside, atol=1e-5)
+    assert not torch.allclose(whole, plain, atol=1e-3)
+    kind, steps = sft.trainer_class(), []
+
+    class Killed(kind):
+        def compute_loss(self, *given, **more):
+            steps.append(1)
+            if len(steps) == 5:
+                raise KeyboardInterrupt
+            return super().compute_loss(*given, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "trainer_class", lambda: Killed)
+        with pytest.raises(KeyboardInterrupt):
+            sft.run(given, short_examples(), tiny_model, StageFolder(tmp_path / "broken"))
+    again = sft.run(given, short_examples(), tiny_model, StageFolder(tmp_path / "broken"))
+    assert again.detail == made.detail | {"resumed_from": "checkpoint-3"}
+    assert (tmp_path / "broken/checkpoint/model.safetensors").read_bytes() == (
+        checkpoint / "model.safetensors"
+    ).read_bytes()
+
+
+def test_targets_that_are_not_there_are_told(tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    from delib.models import weights
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with pytest.raises(UserError, match=r"no linear layer is called qq; this model has down_proj, .*, v_proj"):
+        weights.adapted(model, recipe.LoraSection(targets=["qq", "q_proj"]))
+    found = weights.adapted(model, recipe.LoraSection(targets=["q_proj"]))
+    assert {n.split(".")[-4] for n, p in found.named_parameters() if p.requires_grad} == {"q_proj"}
+
+
+def test_the_best_of_the_held_out_checkpoints_is_kept(tiny_model, tmp_path):
+    """A rate that wrecks the model: the held-out loss rises, training stops, and what is kept is the lowest."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    examples = [*short_examples(40), *short_examples(40)]
+    section = SftSection(
+        epochs=3, batch_size=4, learning_rate=0.3, checkpoint_steps=2, held_out_share=0.2, patience=2, max_tokens=200
+    )
+    given = recipe.Recipe(sft=section)
+    made = sft.run(given, examples, tiny_model, StageFolder(tmp_path))
+    aside = sft.set_aside(examples, 0.2, 0)
+    assert (len(aside), made.counts["held_out"]) == (8, 16)
+    assert sft.set_aside(examples, 0.2, 1) != aside
+    measured = {m["step"]: m["loss"] for m in made.detail["held_out"]}
+    kept = made.detail["kept_step"]
+    assert measured[kept] == min(measured.values())
+    assert made.counts["steps"] == max(measured) == kept + 4 < 48
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = [sft.tokenise(e, tokenizer) for e in examples if e.prompt_id in aside]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32)
+    batches = [sft.collator(tokenizer)(rows[i : i + 4]) for i in range(0, 16, 4)]
+    with torch.no_grad():
+        losses = [model(b["input_ids"], attention_mask=b["attention_mask"], labels=b["labels"]).loss for b in batches]
+    assert torch.stack(losses).mean().item() == pytest.approx(measured[kept], rel=1e-4)
+    with pytest.raises(ValueError, match="patience needs a held-out loss"):
+        SftSection(patience=2)
+
+
+def chat_row(question, answer, **more):
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **more}]
+    return {"messages": turns}
+
+
+def test_ordinary_chat_is_mixed_in_by_share_and_without_held_out_prompts(tiny_model, tokenizer, tmp_path):
+    from conftest import write_rows
+    from delib.records import Prompt
+    from delib.training import mix
+
+    held = "Please tell me in a few plain words how the tides come about"
+    rows = [chat_row(f"Which number comes after {n}?", f"It is {n + 1}.") for n in range(30)]
+    rows += [chat_row(held, "By the moon."), chat_row("And two?", "<think>\ncount\n</think>\n\nThree.")]
+    rows += [chat_row("And three?", "Four.", reasoning_content="count on")]
+    write_rows(tmp_path / "chat.jsonl", rows)
+    found, malformed = mix.load(str(tmp_path / "chat.jsonl"))
+    assert (len(found), malformed) == (33, 0)
+    assert [e.reasoning for e in found[-3:]] == ["", "count", "count on"]
+    assert found[0].answer == "It is 1."
+    heldout = [Prompt(id="h", messages=[Message(role="user", content=held)])]
+    assert len(mix.clean(found, heldout)) == 32
+    section = recipe.MixSection(data=str(tmp_path / "chat.jsonl"), share=0.25)
+    drawn, counts = sft.drawn(section, 24, 384, heldout, tokenizer, random.Random(0))
+    assert counts == {"mixed": 8, "mix_in_heldout": 1, "mix_malformed": 0}
+    assert any("<think>" not in tokenizer.decode(r["input_ids"]) for r in drawn)
+    given = recipe.Recipe(sft=SftSection(epochs=2, batch_size=2, decision_weight=2, mix=section))
+    made = sft.run(given, short_examples(), tiny_model, StageFolder(tmp_path / "run"), heldout)
+    assert made.counts == {
+        "in": 12, "whole": 12, "openings": 0, "dropped": 0, "steps": 16,
+        "mixed": 8, "mix_in_heldout": 1, "mix_malformed": 0,
+    }  # fmt: skip
+    opened = sft.tokenise(found[0], Opened(tokenizer))
+    assert tokenizer.decode(opened["input_ids"]).endswith("assistant\n<think>\n\n</think>\n\nIt is 1.<|im_end|>")
+    write_rows(tmp_path / "bad.jsonl", [chat_row("a", ""), {"messages": []}, chat_row("b", "<think>\nnever ends")])
+    with pytest.raises(UserError) as caught:
+        mix.load(str(tmp_path / "bad.jsonl"))
+    assert len(caught.value.problems) == 3
+    assert all(f"bad.jsonl:{n}: messages" in p for n, p in enumerate(caught.value.problems, 1))
+
+
+def test_packed_training_ends_in_a_model(tiny_model, tmp_path):
+    section = SftSection(
+        epochs=2, batch_size=2, max_tokens=200, batching="packed", opening_epochs=1, device_batch=1, held_out_share=0.2
+    )
+    made = sft.run(recipe.Recipe(sft=section), short_examples(), tiny_model, StageFolder(tmp_path))
+    assert made.counts["steps"] < 9
+    assert made.detail["kept_step"] == made.counts["steps"]
+    assert (tmp_path / "checkpoint" / "model.safetensors").exists()
+
+
+def test_bfloat16_computes_and_float32_is_trained(tiny_model):
+    import torch
+
+    model = sft.student(recipe.Recipe(dtype="bfloat16"), tiny_model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    lora = recipe.Recipe(dtype="bfloat16", sft=SftSection(lora=recipe.LoraSection(rank=2)))
+    dtypes = {(p.requires_grad, p.dtype) for p in sft.student(lora, tiny_model).parameters()}
+    assert dtypes == {(False, torch.bfloat16), (True, torch.float32)}
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_what_saves_memory_leaves_the_losses(tiny_model, tmp_path, lora):
+    """Small parts of a batch summed up, and layers that are computed again."""
+    curves = []
+    for name, more in (("plain", {}), ("parts", {"device_batch": 1}), ("again", {"gradient_checkpointing": True})):
+        section = {"batch_size": 3, "epochs": 1, "decision_weight": 3, "lora": lora, "device_batch": None}
+        section |= {k: v for k, v in more.items() if k in section}
+        rest = {k: v for k, v in more.items() if k not in section}
+        given = recipe.Recipe.model_validate({"sft": section} | rest)
+        made = sft.run(given, short_examples(8), tiny_model, StageFolder(tmp_path / name))
+        curves.append([row["loss"] for row in made.detail["curve"]])
+    assert len(curves[0]) == 3
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-5)

@@ -33,11 +33,14 @@ from delib.records import Example, Manifest, Metric, Prompt, Sample
 from delib.run import RECORDS, Run, StageFolder, disk_error, free_megabytes, key_of, sha256, tensor_error, write_whole
 from delib.spec import Spec
 from delib.stages import distill, evaluate, filter, generate, prompts, report, rl, sft
+from delib.training import mix, processes
 
 STAGES = ("prompts", "generate", "filter", "distill", "sft", "rl", "evaluate", "report")
 CHECKPOINT = "checkpoint"
 ASKED = 120
 """Labelled answers that a prompted judge is measured with for the report; `delib judge-check` asks about all."""
+TOGETHER = ("sft",)
+"""The stages that several processes may run together; the others run in one."""
 NEEDED_MEGABYTES = 6000
 """Two checkpoints of a 135M float32 model, their optimiser state while training, and the GGUF copies."""
 
@@ -77,6 +80,9 @@ class Pipeline:
             hashes |= {str(split): sources.identity(name) for split, name in prompt_files(recipe).items()}
         if stage in ("sft", "rl", "evaluate"):
             hashes["model"] = recipe.model
+        if stage == "sft" and recipe.sft.mix is not None:
+            hashes["mix"] = sources.identity(recipe.sft.mix.data)
+            hashes["heldout"] = sources.identity(prompt_files(recipe)["heldout"])
         for earlier in _BEFORE[stage]:
             manifest = self.folder(earlier).manifest()
             if manifest is None:
@@ -89,8 +95,9 @@ class Pipeline:
         return hashes
 
     def key(self, stage: str) -> str:
-        # The second judge changes no answer: with another one they are graded anew, and not made anew.
-        section: Any = getattr(self.recipe, stage).model_dump(exclude={"second_judge"})
+        # The second judge changes no answer: with another one they are graded anew, and not made anew. Where curves go
+        # beside the manifest changes nothing.
+        section: Any = getattr(self.recipe, stage).model_dump(exclude={"second_judge", "report_to"})
         if stage in ("filter", "rl"):
             section = [section, self.recipe.judge, self.recipe.filter.max_tokens]
         if stage in ("sft", "rl", "evaluate", "generate"):
@@ -98,16 +105,33 @@ class Pipeline:
         return key_of(section, self.recipe.seed, self.inputs(stage))
 
     def execute(self, stage: str) -> Manifest:
-        """Run one stage unless it is done, and write its manifest."""
-        key, folder = self.key(stage), self.folder(stage)
-        if folder.done(key) and self._graded(stage):
-            shutil.rmtree(folder.path / weights.TRAINER, ignore_errors=True)
-            say(f"{stage}: done already")
+        """Run one stage unless it is done, and write its manifest.
+
+        Where a launcher started several processes, each of them comes here, and the one that leads writes.
+        """
+        if processes.count() > 1 and stage not in TOGETHER:
+            raise UserError(
+                f"{stage}: {processes.count()} processes were started, and only {', '.join(TOGETHER)} is run by "
+                "several; run the others without a launcher (with `accelerate` in the recipe, SFT starts its own)"
+            )
+        key, folder, lead = self.key(stage), self.folder(stage), processes.leads()
+        done = folder.done(key) and self._graded(stage)
+        processes.wait(self.recipe)
+        if done:
+            if lead:
+                shutil.rmtree(folder.path / weights.TRAINER, ignore_errors=True)
+                say(f"{stage}: done already")
             manifest = folder.manifest()
             assert manifest is not None
             return manifest
-        if folder.begin(key):
+        if stage in TOGETHER and self.recipe.accelerate is not None and not processes.launched():
+            processes.launch(self.recipe, stage, self.run.path)
+            manifest = folder.manifest()
+            assert manifest is not None
+            return manifest
+        if lead and folder.begin(key):
             say(f"{stage}: its inputs changed, so it is made anew; the old one is in {folder.path.name}.stale")
+        processes.wait(self.recipe)
         started = time.monotonic()
         try:
             made: Manifest = _RUN[stage](self, folder)
@@ -119,9 +143,12 @@ class Pipeline:
             raise tensor_error(folder.path, error) from error
         seconds = time.monotonic() - started
         named = {"recipe": key, "inputs": self.inputs(stage), "seconds": round(seconds, 1)}
-        final = folder.finish(made.model_copy(update=named), _OUTPUTS[stage](folder))
-        shutil.rmtree(folder.path / weights.TRAINER, ignore_errors=True)
-        say(f"{stage}: {', '.join(f'{k} {v}' for k, v in final.counts.items())} ({final.seconds:.0f} s)")
+        final = made.model_copy(update=named)
+        if lead:
+            final = folder.finish(final, _OUTPUTS[stage](folder))
+            shutil.rmtree(folder.path / weights.TRAINER, ignore_errors=True)
+            say(f"{stage}: {', '.join(f'{k} {v}' for k, v in final.counts.items())} ({final.seconds:.0f} s)")
+        processes.close(self.recipe)
         return final
 
     def _graded(self, stage: str) -> bool:
@@ -217,7 +244,11 @@ class Pipeline:
 
     def _sft(self, folder: StageFolder) -> Manifest:
         examples = self.run.finished("distill", Example)
-        return sft.run(self.recipe, examples, weights.resolve(self.recipe.model), folder)
+        if processes.leads():
+            weights.resolve(self.recipe.model)  # one process fetches it, the others find it
+        processes.wait(self.recipe)
+        heldout = self._of("prompts", "heldout") if self.recipe.sft.mix else None
+        return sft.run(self.recipe, examples, weights.resolve(self.recipe.model), folder, heldout)
 
     def _rl(self, folder: StageFolder) -> Manifest:
         start = self.folder("sft").path / CHECKPOINT
@@ -379,7 +410,9 @@ def check(recipe: Recipe) -> list[str]:
             problems.extend(f"{key}: {problem}" for problem in error.problems)
     if recipe.judge in FITTED and recipe.filter.runs > 3:
         problems.append(f"filter.runs: {recipe.filter.runs} runs of judge {recipe.judge}, which has three members")
-    return problems
+    if recipe.sft.mix is not None:
+        attempt(partial(mix.load, recipe.sft.mix.data))
+    return problems + rl.problems(recipe) + processes.problems(recipe)
 
 
 def run_to(pipeline: Pipeline, last: str) -> None:

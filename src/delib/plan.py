@@ -1,4 +1,4 @@
-"""What a recipe is about to ask of models, before anything is spent: calls, tokens, time, money.
+"""What a recipe is about to ask of models, before anything is spent: calls, tokens, time, money; and of GPUs' memory.
 
 Every prompt stays, every completion is as long as it may be, nothing is cached. What comes on top is what goes wrong:
 tries of failed calls, and verdicts or labels that are asked for again because they could not be read. Tokens are
@@ -18,6 +18,7 @@ from delib.recipe import Recipe
 from delib.records import Prompt
 from delib.spec import Spec
 from delib.stages import evaluate, prompts
+from delib.training import footprint
 
 SECONDS_A_CALL = 10
 """An assumption, said in the table: what a call of some hundred tokens takes at today's hosted models."""
@@ -116,10 +117,10 @@ def _labels(recipe: Recipe, rows: list[Prompt], spec: Spec) -> list[Calls]:
 
 
 def table(recipe: Recipe) -> str:
-    """The plan as lines; empty when no model is called."""
-    found = made(recipe)
+    """The plan as lines; empty when no model is called and one process trains on a CPU."""
+    found, memory = made(recipe), "".join(line + "\n" for line in footprint.lines(recipe))
     if not found:
-        return ""
+        return memory
     lines = [f"{'stage':10} {'calls':>9} {'tokens sent':>13} {'written':>11} {'minutes':>8} {'cost':>9}  model"]
     total = 0.0
     for row in found:
@@ -137,4 +138,4 @@ def table(recipe: Recipe) -> str:
         f"At most {at_most}{money}; minutes at {SECONDS_A_CALL} s a call and {recipe.limits.concurrency} at once. "
         "Finished calls are cached and cost nothing again; what fails or can't be read is asked for again."
     )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + memory

@@ -5,7 +5,7 @@ UserError that lists all of them, each naming its key and the mend.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -89,21 +89,55 @@ class DistillSection(Section):
     """The most that everyday prompts may make up of the examples; the rest of them are left out."""
 
 
+class LoraSection(Section):
+    """Train a small adapter beside the weights (LoRA) in place of the weights."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of each adapter."""
+    alpha: int = Field(default=32, ge=1)
+    """The adapter's output is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the adapter's inputs that are dropped while training."""
+    targets: list[str] | None = None
+    """Names of the linear layers that get one, such as q_proj; null takes all of them, the head left out."""
+
+
+class MixSection(Section):
+    """Ordinary chat mixed in among the examples, so that the student keeps what it could do."""
+
+    data: str
+    """Conversations that end in the assistant's turn: JSON lines, CSV, parquet or hub:OWNER/NAME:SPLIT
+    (docs/training.md). Those that hold a held-out prompt are left out and counted."""
+    share: float = Field(default=0.2, gt=0, lt=1)
+    """Their share of the whole examples; less where the set has not so many."""
+
+
 class SftSection(Section):
     epochs: int = Field(default=2, ge=1)
     """Passes over whole examples."""
     whole_examples: int | None = Field(default=None, ge=1)
     """How many examples these passes take, in turn from each behaviour and the everyday ones, those with the shortest
     completions first; null takes all. `plain_share` is about all examples, not about these."""
+    mix: MixSection | None = None
+    """Ordinary chat that is mixed in; null mixes in none."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate: linear warm-up over a twentieth of the steps, cosine decay to zero over the last two
     fifths."""
+    batching: Literal["grouped", "packed"] = "grouped"
+    """`grouped`: batches of like length, so that little is padding. `packed`: examples laid one after another into rows
+    of up to `max_tokens`, none seeing another; then `batch_size` counts these rows."""
     batch_size: int = Field(default=8, ge=1)
-    """Examples an optimiser step."""
+    """Examples an optimiser step, over all processes."""
+    device_batch: int | None = Field(default=None, ge=1)
+    """Examples that one device takes at once; gradients are summed up until `batch_size` is reached. Null takes its
+    whole part at once."""
     max_tokens: int = Field(default=384, ge=32)
     """Longer examples are left out and counted."""
+    lora: LoraSection | None = None
+    """A LoRA adapter; null trains the weights themselves."""
     frozen_layers: int = Field(default=0, ge=0)
-    """The first layers (and with any, the embeddings) that do not train: faster, and less is forgotten."""
+    """The first layers (and with any, the embeddings) that do not train: faster, and less is forgotten. With `lora`
+    they get no adapter."""
     opening_epochs: int = Field(default=0, ge=0)
     """Passes over all examples cut off after their reasoning's opening, mixed among the others."""
     decision_weight: float = Field(default=1.0, ge=1)
@@ -111,8 +145,19 @@ class SftSection(Section):
     The first word of a reasoning weighs the square of this."""
     reasoning: bool = True
     """False trains on the same answers without their reasoning: the control that tells what deliberation gives."""
+    held_out_share: float = Field(default=0.0, ge=0, le=0.5)
+    """Share of the examples' prompts that are kept out of training; the loss on them is measured every
+    `checkpoint_steps`, and the checkpoint with the lowest is kept."""
+    patience: int | None = Field(default=None, ge=1)
+    """Training stops when so many measurements in a row did not lower the held-out loss; null trains to the end."""
     checkpoint_steps: int = Field(default=10, ge=1)
     """A checkpoint to resume from is written every so many steps."""
+
+    @model_validator(mode="after")
+    def _measured(self) -> "SftSection":
+        if self.patience is not None and not self.held_out_share:
+            raise ValueError("patience needs a held-out loss to watch; set held_out_share, such as 0.05")
+        return self
 
 
 class RlSection(Section):
@@ -133,10 +178,23 @@ class RlSection(Section):
     hardly differ hardly counts, so that the noise of a judge with continuous scores is not blown up."""
     beta: float = Field(default=0.0, ge=0)
     """Weight of the KL penalty against the SFT model."""
+    lora: LoraSection | None = None
+    """A LoRA adapter; null trains the weights themselves."""
     frozen_layers: int = Field(default=0, ge=0)
     """As in sft."""
+    exact_answers: bool = False
+    """Prompts with expected answers are rewarded by these, 1 or 0, and cost no judge call."""
+    cut_off: Literal["baseline", "out"] = "baseline"
+    """What becomes of a completion that is cut off below evaluate's `max_tokens`. It is out of the loss; `baseline`
+    counts it in its group's mean, with the lowest reward, and `out` leaves it out of that too."""
+    rollouts: Literal["transformers", "llamacpp"] = "transformers"
+    """Who writes the completions: the weights in training, or the embedded server with them quantised to 8 bits, which
+    is faster on a CPU; importance weights then correct for the difference."""
+    report_to: Literal["none", "trackio", "wandb"] = "none"
+    """Where the curves go beside the manifest; the package of that name must be installed."""
     checkpoint_steps: int = Field(default=1, ge=1)
-    """A checkpoint to resume from is written every so many steps."""
+    """A checkpoint to resume from is written every so many steps. Each step has a generation of its own, so that a
+    checkpoint always stands between two."""
 
 
 class EvaluateSection(Section):
@@ -187,7 +245,14 @@ class Recipe(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     """Where training and the transformers engine run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of training and of the transformers engine."""
+    """Number format of training and of the transformers engine. SFT in bfloat16 computes in it, and keeps the weights
+    that it trains in float32: steps smaller than bfloat16 can tell would be lost."""
+    gradient_checkpointing: bool = False
+    """Whether training keeps only the layers' inputs for the backward pass and computes the rest again: less memory,
+    about a third more work."""
+    accelerate: str | None = None
+    """A config file of `accelerate launch`: how many processes train, by FSDP, DeepSpeed or neither. SFT then starts
+    under it; null trains in this process."""
     engine: Literal["llamacpp", "transformers"] = "llamacpp"
     """Who generates for evaluate and for a live teacher; models that llama.cpp can't take use transformers."""
     model: str = "smollm2"
@@ -255,7 +320,9 @@ def _explain(path: Path, item: Any) -> str:
         parents = [str(part) for part in item["loc"][:-1]]
         known: Any = Recipe
         for parent in parents:
-            known = known.model_fields[parent].annotation
+            if parent in known.model_fields:  # else it is a key of a mapping of sections
+                kind = known.model_fields[parent].annotation
+                known = next((k for k in get_args(kind) if isinstance(k, type) and issubclass(k, Section)), kind)
         return f"{path}: {key}: no such key; keys here are {', '.join(known.model_fields)}"
     return f"{path}: {key}: {item['msg']} (got {item['input']!r})"
 
@@ -287,6 +354,7 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
         }
     )
     second = recipe.evaluate.second_judge
+    mix = recipe.sft.mix
     changes = {
         "spec": find(recipe.spec),
         "judge": find_model(recipe.judge),
@@ -294,6 +362,8 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
         "generate": generate,
         "evaluate": recipe.evaluate.model_copy(update={"second_judge": second and find_model(second)}),
         "model": find_model(recipe.model),
+        "accelerate": recipe.accelerate and find(recipe.accelerate),
+        "sft": recipe.sft.model_copy(update={"mix": mix and mix.model_copy(update={"data": find(mix.data)})}),
     }
     return recipe.model_copy(update=changes)
 

@@ -25,13 +25,14 @@ class Cache:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or cache_dir() / FILE
+        self._new: list[tuple[str, str]] = []
+        self._written: asyncio.Future[None] | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._rows = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
             self._rows.execute("PRAGMA journal_mode=WAL")
             # With a write-ahead log this can lose the last replies to a power cut, never to a killed process.
             self._rows.execute("PRAGMA synchronous=NORMAL")
-            self._new: list[tuple[str, str]] = []
             self._rows.execute("CREATE TABLE IF NOT EXISTS calls (key TEXT PRIMARY KEY, reply TEXT) WITHOUT ROWID")
         except (sqlite3.Error, OSError) as error:
             raise self._told(error) from error
@@ -44,9 +45,9 @@ class Cache:
         return None if found is None else str(found[0])
 
     async def put(self, key: str, reply: str) -> None:
-        """Returns once it is written. Replies that came in together are written together: that costs half as much."""
+        """Returns once it is written. Replies that came in together are written together, in one transaction."""
         loop = asyncio.get_running_loop()
-        if not self._new or self._written.get_loop() is not loop:
+        if not self._new or self._written is None or self._written.get_loop() is not loop:
             self._written = loop.create_future()
             loop.call_soon(self._write, self._written)
         self._new.append((key, reply))

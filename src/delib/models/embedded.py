@@ -72,7 +72,7 @@ KEPT_GGUF = 4
 """Quantised copies that stay in the cache, the newest ones; each is quickly made again."""
 
 
-def _gguf_of(folder: Path, quantisation: str) -> Path:
+def gguf_of(folder: Path, quantisation: str) -> Path:
     """The folder's GGUF, made once for its weights and kept in the cache while it is among the newest."""
     stamp = "|".join(
         f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in sorted(folder.glob("*.safetensors"))
@@ -88,7 +88,8 @@ def _gguf_of(folder: Path, quantisation: str) -> Path:
     return target
 
 
-def _parameters(file: Path, context_tokens: int, slots: int) -> Any:
+def parameters(file: Path, context_tokens: int, slots: int) -> Any:
+    """llama.cpp's for a server of a GGUF file at a free port, with so much room for each of the `slots` requests."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -116,7 +117,7 @@ async def serve(folder: Path, *, name: str, quantisation: str, context_tokens: i
     from transformers import AutoTokenizer
 
     most = int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
-    params = _parameters(_gguf_of(folder, quantisation), min(context_tokens, most), SLOTS)
+    params = parameters(gguf_of(folder, quantisation), min(context_tokens, most), SLOTS)
     server = await asyncio.to_thread(xllamacpp.Server, params)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     identity = f"{await asyncio.to_thread(sha256, folder)} {quantisation}"
@@ -137,7 +138,7 @@ async def serve_gguf(file: Path, *, context_tokens: int, slots: int, seconds: fl
     """
     import xllamacpp
 
-    params = _parameters(file, context_tokens, slots)
+    params = parameters(file, context_tokens, slots)
     params.use_jinja = True
     try:
         server = await asyncio.to_thread(xllamacpp.Server, params)

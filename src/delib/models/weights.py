@@ -1,7 +1,7 @@
 """Where weights come from and in which form they are: the quickstart's model, hub ids, local folders, GGUF files.
 
-A model folder is what transformers' `save_pretrained` writes (safetensors only), and beside it, for the embedded
-server, `vocab.gguf`: the metadata and tokenizer of a GGUF file without tensors. Weights are never unpickled.
+A model folder is what transformers' `save_pretrained` writes (safetensors only). Beside it `vocab.gguf`, the metadata
+of the GGUF file that it was made from, marks a model that the embedded server runs. Weights are never unpickled.
 """
 
 import hashlib
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from delib.errors import UserError
+from delib.models.gguf_file import to_gguf as to_gguf
+from delib.recipe import LoraSection
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -110,8 +112,8 @@ def dequantise(gguf_file: Path, folder: Path) -> None:
     _copy_metadata(gguf_file, folder / VOCAB)
 
 
-def _copy_metadata(source: Path, target: Path, tensors: dict[str, Any] | None = None, file_type: int = 0) -> None:
-    """Write `target` with the metadata of `source` and the given tensors ({name: (array, type)})."""
+def _copy_metadata(source: Path, target: Path) -> None:
+    """Write `target` with the metadata of `source`, without tensors."""
     import gguf
 
     reader = gguf.GGUFReader(source)
@@ -123,10 +125,8 @@ def _copy_metadata(source: Path, target: Path, tensors: dict[str, Any] | None = 
             continue
         sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
-    writer.add_file_type(file_type)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for name, (array, kind) in (tensors or {}).items():
-        writer.add_tensor(name, array, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -140,40 +140,6 @@ def can_serve(folder: Path) -> bool:
     return bool(json.loads((folder / "config.json").read_text())["model_type"] == "llama")
 
 
-def to_gguf(folder: Path, target: Path, quantisation: str) -> None:
-    """A Llama-family model folder as one GGUF file.
-
-    `quantisation`: `f32`, `q8_0` or `q4_0`; one-dimensional tensors stay float32. Written whole, then renamed.
-    Query and key rows are interleaved as llama.cpp's rotary embedding expects them (its Llama conversion does so).
-    """
-    import gguf
-    from safetensors import safe_open
-
-    config = json.loads((folder / "config.json").read_text())
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    kind = gguf.GGMLQuantizationType[quantisation.upper()]
-    tensors: dict[str, Any] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "np") as weights:
-            for name in weights.keys():  # noqa: SIM118 - a file handle, no dict
-                array = weights.get_tensor(name)
-                if name.endswith(("q_proj.weight", "k_proj.weight")):
-                    count = heads if "q_proj" in name else kv_heads
-                    rows, columns = array.shape
-                    split = array.reshape(count, 2, rows // count // 2, columns)
-                    array = split.swapaxes(1, 2).reshape(rows, columns)
-                target_name = names.get_name(name, try_suffixes=(".weight",))
-                if target_name is None:
-                    raise UserError(f"{folder}: tensor {name} has no place in a Llama GGUF; use engine: transformers")
-                used = kind if array.ndim > 1 else gguf.GGMLQuantizationType.F32
-                tensors[target_name] = (gguf.quants.quantize(array.astype("float32"), used), used)
-    scratch = target.with_suffix(".part")
-    file_types = {"f32": 0, "q8_0": 7, "q4_0": 2}
-    _copy_metadata(folder / VOCAB, scratch, tensors, file_types[quantisation])
-    scratch.rename(target)
-
-
 def freeze(model: Any, layers: int) -> None:
     """Stop the first `layers` layers, and with any the embeddings, from training."""
     if layers == 0:
@@ -181,6 +147,36 @@ def freeze(model: Any, layers: int) -> None:
     model.get_input_embeddings().weight.requires_grad_(False)
     for layer in model.model.layers[:layers]:
         layer.requires_grad_(False)
+
+
+ADAPTER = "adapter"
+"""Folder of a checkpoint for what PEFT writes; the checkpoint itself is always a whole model."""
+
+
+def adapted(model: Any, lora: LoraSection, first: int = 0) -> Any:
+    """The model with a LoRA adapter (arXiv 2106.09685) on its linear layers, those of its head left out; only the
+    adapter trains. The first `first` layers get none. Raises UserError when a target is not there.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    linear = {
+        name.rsplit(".", 1)[-1] for name, part in model.base_model.named_modules() if isinstance(part, torch.nn.Linear)
+    }
+    unknown = sorted(set(lora.targets or []) - linear)
+    if unknown:
+        raise UserError(
+            f"lora.targets: no linear layer is called {', '.join(unknown)}; this model has {', '.join(sorted(linear))}"
+        )
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=sorted(lora.targets or linear),
+        layers_to_transform=list(range(first, model.config.get_text_config().num_hidden_layers)) if first else None,
+    )
+    return get_peft_model(model, config)
 
 
 TRAINER = "trainer"
@@ -203,13 +199,40 @@ def last_checkpoint(scratch: Path) -> Path | None:
     return None
 
 
-def save(model: Any, tokenizer: Any, base: Path, target: Path) -> None:
-    """A model folder as safetensors, with the GGUF metadata that the embedded server needs where base has it."""
+def save(
+    model: Any, tokenizer: Any, base: Path, target: Path, state: dict[str, Any] | None = None, dtype: str | None = None
+) -> None:
+    """A model folder as safetensors, with the GGUF metadata that the embedded server needs where base has it.
+
+    An adapted model is merged into `base`, from which its training started, and its adapter lies in `adapter/` beside.
+    `state`: the weights, where they are not whole in this process's model. `dtype`: the format to write; None is the
+    model's own.
+    """
+    import torch
+
     scratch = target.with_name(target.name + ".part")
     shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch)
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(scratch / ADAPTER, state_dict=state)
+        model, state = _merged(base, scratch / ADAPTER, dtype or str(model.dtype).removeprefix("torch.")), None
+    if dtype is not None and state is None:
+        model = model.to(getattr(torch, dtype))
+    elif dtype is not None and state is not None:
+        state = {n: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for n, v in state.items()}
+    model.save_pretrained(scratch, state_dict=state)
     tokenizer.save_pretrained(scratch)
     if (base / VOCAB).exists():
         shutil.copy(base / VOCAB, scratch / VOCAB)
     shutil.rmtree(target, ignore_errors=True)
     scratch.rename(target)
+
+
+def _merged(base: Path, adapter: Path, dtype: str) -> Any:
+    """A model with an adapter's change added to its weights. It is loaded anew: while training, several processes may
+    each hold a part of it."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+    return PeftModel.from_pretrained(whole, str(adapter)).merge_and_unload()

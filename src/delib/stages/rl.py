@@ -1,40 +1,35 @@
 """Stage 6, RL: TRL's GRPOTrainer with one reward function, the judge that holds the spec and sees the answer only.
 
 In: prompts and the SFT model. Out: `checkpoint/`, every graded completion in `records.jsonl`, the curve in the
-manifest. The reasoning is hidden from the judge, so that no pressure is put on it (arXiv 2412.16339). Departures: the
-paper does not disclose algorithm or sizes; GRPO here, harmful, look-alike and plain prompts in equal parts.
+manifest. The reasoning is hidden from the judge, so that no pressure is put on it (arXiv 2412.16339); what it says is
+watched, and never rewarded (`training/monitor.py`). Departures: the paper does not disclose algorithm or sizes; GRPO
+here, harmful, look-alike and plain prompts in equal parts.
 """
 
+import importlib.util
 import itertools
+import logging
 import os
 import random
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from delib import chat
+from delib.errors import UserError
 from delib.models import weights
-from delib.models.calls import together
+from delib.progress import say
 from delib.recipe import Recipe
-from delib.records import Completion, Manifest, Prompt, Sample, Verdict
+from delib.records import Manifest, Prompt, Sample
 from delib.run import StageFolder
 from delib.spec import Spec
+from delib.training import grpo, llamacpp, rollouts
+from delib.training.monitor import kind_of
+from delib.training.reward import Judge, Reward, Run
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-MALFORMED_REWARD = 0.0
-"""The lowest reward, given without a judge call: malformed or truncated completions have no answer to judge."""
-
-
-class Judge(Protocol):
-    async def grade(
-        self, prompt: Prompt, completion: Completion, view: Literal["full", "answer"], runs: int
-    ) -> list[Verdict]: ...
-
-
-Grade = Callable[[list[tuple[Prompt, Completion]]], list[list[Verdict]]]
-"""Grades the answers of one step; `run` makes it of a Judge, whose calls then run side by side."""
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func; trl is pinned, and tests hold what is used of it
 
 
 def mixed(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
@@ -42,8 +37,7 @@ def mixed(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
     order = random.Random(seed)
     piles: dict[str, list[Prompt]] = {}
     for prompt in prompts:
-        kind = "plain" if prompt.category is None else str(prompt.behaviour)
-        piles.setdefault(kind, []).append(prompt)
+        piles.setdefault(kind_of(prompt), []).append(prompt)
     for pile in piles.values():
         order.shuffle(pile)
     turns = itertools.cycle(sorted(piles))
@@ -51,55 +45,39 @@ def mixed(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
     return [next(places[next(turns)]) for _ in range(count)]
 
 
-def reward_function(
-    prompts: dict[str, Prompt], grade: Grade, spec: Spec, tokenizer: Any, ends: set[int], folder: StageFolder
-) -> Callable[..., list[float | None]]:
-    """The one reward: minimum of the judge's verdict on the ANSWER; None (no reward) when the judge failed.
+def problems(recipe: Recipe) -> list[str]:
+    """What of the section can't be carried out here."""
+    section, found = recipe.rl, []
+    if section.report_to != "none" and importlib.util.find_spec(section.report_to) is None:
+        found.append(
+            f"rl.report_to: {section.report_to} is not installed; pip install {section.report_to}, or set it to none"
+        )
+    if section.lora is not None and section.rollouts == "llamacpp":
+        found.append(
+            "rl.rollouts: llamacpp takes whole weights, no adapter; set it to transformers, or rl.lora to null"
+        )
+    return found
 
-    Reasoning and answer are parted from the completion's own tokens, decoded with special tokens and with what the
-    template opened, so that no tag can vanish and let the judge read the reasoning. A completion that ends on none of
-    the tokens `ends` was cut off.
-    """
 
-    def judged_answer(
-        prompts_sent: list[str], completion_ids: list[list[int]], prompt_id: list[str], trainer_state: Any, **_: Any
-    ) -> list[float | None]:
-        made: list[Completion] = []
-        for sent, ids in zip(prompts_sent, completion_ids, strict=True):
-            ended = bool(ids) and ids[-1] in ends
-            text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
-            made.append(
-                chat.completion(text, sent=sent, model="student", cut=not ended, usage={"completion": len(ids)})
-            )
-        whole = [place for place, completion in enumerate(made) if completion.finish == "stop"]
-        shown = [
-            (prompts[prompt_id[p]], made[p].model_copy(update={"reasoning": None, "text": made[p].answer}))
-            for p in whole
-        ]
-        found = dict(zip(whole, grade(shown) if shown else [], strict=True))
-        rewards: list[float | None] = []
-        for place, (completion, ident) in enumerate(zip(made, prompt_id, strict=True)):
-            verdicts = found.get(place, [])
-            reward: float | None = MALFORMED_REWARD
-            if place in found:
-                reward = None if any(v.score is None for v in verdicts) else min(v.score or 0.0 for v in verdicts)
-            sample = Sample(
-                prompt=prompts[ident],
-                index=trainer_state.global_step * len(completion_ids) + place,
-                excerpt_id=spec.excerpt_id(prompts[ident].category),
-                completion=completion,
-                verdicts=verdicts,
-                failure=None if reward is not None else "ungraded",
-            )
-            folder.append(sample)
-            rewards.append(reward)
-        return rewards
+def _counted(record: logging.LogRecord) -> bool:
+    """Not TRL's warning about each step with a completion that has no reward: it prints the conversation, and the
+    manifest counts them."""
+    return "All reward functions returned None" not in record.getMessage()
 
-    def judged(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
-        return judged_answer(prompts_sent=prompts, **columns)
 
-    judged.__name__ = "judged_answer"
-    return judged
+def student(recipe: Recipe, start: Path) -> Any:
+    """The model to train. In bfloat16 it computes so, and keeps the weights that it trains in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    section = recipe.rl
+    kept = recipe.dtype if section.lora else "float32"
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=getattr(torch, kept))
+    if section.lora is not None:
+        torch.manual_seed(recipe.seed)
+        return weights.adapted(model, section.lora, section.frozen_layers)
+    weights.freeze(model, section.frozen_layers)
+    return model
 
 
 def run(
@@ -116,30 +94,67 @@ def run(
     """
     from anyio.from_thread import start_blocking_portal
 
+    found = problems(recipe)
+    if found:
+        raise UserError(found)
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(opened()) as judge:
 
-        async def each(shown: list[tuple[Prompt, Completion]]) -> list[list[Verdict]]:
-            return await together(*(judge.grade(prompt, made, "answer", 1) for prompt, made in shown))
+        async def awaited(work: Any) -> Any:
+            return await work
 
-        return _train(recipe, prompts, lambda shown: portal.call(each, shown), spec, start, folder)
+        return _train(recipe, prompts, judge, lambda work: portal.call(awaited, work), spec, start, folder)
 
 
 def _train(
-    recipe: Recipe, prompts: list[Prompt], grade: Grade, spec: Spec, start: Path, folder: StageFolder
+    recipe: Recipe, prompts: list[Prompt], judge: Judge, run: Run, spec: Spec, start: Path, folder: StageFolder
 ) -> Manifest:
-    import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
+    from transformers import AutoTokenizer
 
     section = recipe.rl
     tokenizer = AutoTokenizer.from_pretrained(start)
     chosen = mixed(prompts, section.steps * section.prompts, recipe.seed)
     rows = [{"prompt": chat.render(tokenizer, p.messages), "prompt_id": p.id} for p in chosen]
-    model = AutoModelForCausalLM.from_pretrained(start, dtype=getattr(torch, recipe.dtype))
-    weights.freeze(model, section.frozen_layers)
+    model = student(recipe, start)
     scratch = folder.path / weights.TRAINER
-    arguments = GRPOConfig(
+    last = weights.last_checkpoint(scratch)
+    steps = int(last.name.rsplit("-", 1)[1]) if last else 0
+    declared = model.generation_config.eos_token_id
+    masked = section.max_tokens < recipe.evaluate.max_tokens
+    reward = Reward(
+        prompts,
+        judge,
+        run,
+        spec,
+        tokenizer,
+        {tokenizer.eos_token_id, *([declared] if isinstance(declared, int) else declared or [])},
+        folder,
+        per_step=section.prompts * section.group,
+        steps=steps,
+        exact=section.exact_answers,
+        cut_off_leaves=masked and section.cut_off == "out",
+    )
+    served = section.rollouts == "llamacpp"
+    logging.getLogger("trl.trainer.grpo_trainer").addFilter(_counted)
+    trainer = grpo.trainer_class(grpo.EXACT._replace(correct=served))(
+        model=model,
+        args=_arguments(recipe, scratch, masked),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        reward_funcs=reward,
+        rollout_func=_rollout(recipe, rows, tokenizer, model, reward, run, start, rollouts.Journal(scratch, steps)),
+    )
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    dtype = recipe.dtype if recipe.dtype != "float32" else None
+    weights.save(model, tokenizer, start, folder.path / "checkpoint", dtype=dtype)
+    return _manifest(recipe, reward, trainer.state, len(chosen), last)
+
+
+def _arguments(recipe: Recipe, scratch: Path, masked: bool) -> Any:
+    from trl import GRPOConfig
+
+    section = recipe.rl
+    return GRPOConfig(
         output_dir=str(scratch),
         max_steps=section.steps,
         per_device_train_batch_size=section.prompts * section.group,
@@ -150,60 +165,94 @@ def _train(
         lr_scheduler_type="constant",
         beta=section.beta,
         scale_rewards=section.scale_rewards,
-        # What is cut off before evaluate's own limit might still have ended well: it lowers its group's baseline and
-        # stays out of the loss. At that limit a cut-off is a failure, and learned from (docs/results.md).
-        mask_truncated_completions=section.max_tokens < recipe.evaluate.max_tokens,
+        # What is cut off before evaluate's own limit might still have ended well: it stays out of the loss. At that
+        # limit a cut-off is a failure, and learned from (docs/results.md).
+        mask_truncated_completions=masked,
+        # Only where the server writes: each token's importance, at most TRL's bound.
+        vllm_importance_sampling_mode="token_truncate",
         shuffle_dataset=False,
         seed=recipe.seed,
         use_cpu=recipe.device == "cpu",
         bf16=recipe.dtype == "bfloat16",
-        gradient_checkpointing=False,
+        gradient_checkpointing=recipe.gradient_checkpointing,
         logging_steps=1,
         save_strategy="steps",
         save_steps=section.checkpoint_steps,
         save_total_limit=1,
-        report_to="none",
+        report_to=section.report_to,
+        run_name=recipe.name,
         dataloader_pin_memory=recipe.device != "cpu",
     )
-    by_id = {p.id: p for p in prompts}
-    declared = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *([declared] if isinstance(declared, int) else declared or [])}
-    trainer = GRPOTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        reward_funcs=reward_function(by_id, grade, spec, tokenizer, ends, folder),
+
+
+def _rollout(
+    recipe: Recipe,
+    rows: list[dict[str, str]],
+    tokenizer: Any,
+    model: Any,
+    reward: Reward,
+    run: Run,
+    start: Path,
+    journal: rollouts.Journal,
+) -> Callable[[list[str], Any], dict[str, Any]]:
+    section = recipe.rl
+
+    def ids_of(step: int) -> list[str]:
+        part = rows[step * section.prompts : (step + 1) * section.prompts]
+        return [row["prompt_id"] for row in part for _ in range(section.group)]
+
+    if section.rollouts == "transformers":
+        return rollouts.by_trainer(tokenizer, ids_of, journal)
+    return llamacpp.by_server(
+        tokenizer,
+        ids_of,
+        journal,
+        llamacpp.LiveGguf(start, model, journal.folder.path / "weights.gguf"),
+        run,
+        lambda step, place, *made: reward.grade(reward.indices(step)[place], *made),
+        ends=reward.ends,
+        context_tokens=max(map(len, rollouts.encoded(tokenizer, [row["prompt"] for row in rows]))) + section.max_tokens,
+        max_tokens=section.max_tokens,
+        temperature=section.temperature,
+        seed=recipe.seed,
     )
-    last = weights.last_checkpoint(scratch)
-    graded_steps = int(last.name.rsplit("-", 1)[1]) if last else 0
-    per_step = section.prompts * section.group
-    # Completions of steps after the checkpoint are made again; what was graded for them is taken back.
-    folder.replace(s for s in folder.records(Sample) if s.index < graded_steps * per_step)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
-    weights.save(model, tokenizer, start, folder.path / "checkpoint")
-    history = [h for h in trainer.state.log_history if "reward" in h]
-    made = folder.records(Sample)
+
+
+def _manifest(recipe: Recipe, reward: Reward, state: Any, prompts: int, last: Path | None) -> Manifest:
+    history = [h for h in state.log_history if "reward" in h]
+    watched = {row["step"]: row for row in reward.monitor.rows}
+    made: list[Sample] = reward.close()
     counts = {
-        "in": len(chosen),
+        "in": prompts,
         "out": len(made),
-        "steps": trainer.state.global_step,
+        "steps": state.global_step,
         "ungraded": sum(s.failure == "ungraded" for s in made),
         "malformed": sum(s.completion is not None and s.completion.finish != "stop" for s in made),
     }
+    alarms = reward.monitor.alarms()
+    for alarm in alarms:
+        say(f"rl: look at this: {alarm}")
     detail = {
         "curve": [
             {
                 "step": h["step"],
+                "loss": h["loss"],
                 "reward": h["reward"],
                 "reward_std": h["reward_std"],
                 "no_variance": h["frac_reward_zero_std"],
                 "completion_tokens": h["completions/mean_length"],
             }
+            | ({"importance": h[IMPORTANCE]} if IMPORTANCE in h else {})
+            | {"monitor": {k: v for k, v in watched.get(h["step"] - 1, {}).items() if k != "step"}}
             for h in history
         ],
-        "groups_without_variance": round(sum(h["frac_reward_zero_std"] * section.prompts for h in history)),
+        "alarms": alarms,
+        "groups_without_variance": round(sum(h["frac_reward_zero_std"] * recipe.rl.prompts for h in history)),
         "resumed_from": last.name if last else None,
     }
     tokens = sum(s.completion.usage["completion"] for s in made if s.completion)
     return Manifest(stage="rl", recipe="", inputs={}, outputs={}, counts=counts, tokens=tokens, detail=detail)
+
+
+IMPORTANCE = "sampling/importance_sampling_ratio/mean"
+"""TRL's name for the mean importance weight: 1 where the server's weights sample as the trained ones would."""

@@ -2,9 +2,9 @@
 
 In: Examples, in the order in which distill leaves them, and a model folder. Out: `checkpoint/` (safetensors) and the
 curve in the manifest. Resumes from the last trainer checkpoint. Departures from the published method, which does not
-disclose sizes: a small model may keep its first layers frozen, may see the reasoning's opening alone for more prompts
-than it sees whole examples, and the tokens that decide may weigh more; no separate capability data is mixed in beside
-the plain prompts.
+disclose sizes: a small model may keep its first layers frozen or train an adapter, may see the reasoning's opening
+alone for more prompts than it sees whole examples, and the tokens that decide may weigh more; capability data is mixed
+in beside the plain prompts only where the recipe names some.
 """
 
 import os
@@ -16,9 +16,11 @@ from typing import Any
 from delib import chat
 from delib.errors import UserError
 from delib.models import weights
-from delib.recipe import Recipe, SftSection
-from delib.records import Example, Manifest
+from delib.recipe import MixSection, Recipe, SftSection
+from delib.records import Example, Manifest, Prompt
 from delib.run import StageFolder
+from delib.training import mix, processes
+from delib.training.sft_trainer import collator, trainer_class
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -52,7 +54,8 @@ def tokenise(example: Example, tokenizer: Any, decision_weight: float = 1.0, rea
     prompt = tokenizer.encode(sent, add_special_tokens=False)
     text = chat.join(example.reasoning if reasoning else None, example.answer)
     if chat.opened(sent):
-        text = text.removeprefix(chat.OPEN)
+        begun = chat.OPEN + "\n" if sent[-1].isspace() else chat.OPEN
+        text = text.removeprefix(begun)
     made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     completion = [*made["input_ids"], tokenizer.eos_token_id]
     spans = _deciding(text) if reasoning else []
@@ -81,18 +84,22 @@ def grouped(rows: list[Row], batch: int, order: random.Random) -> list[list[Row]
     return [part[i : i + batch] for part in windows for i in range(0, len(part), batch)]
 
 
-def course_of(rows: list[Row], section: SftSection, order: random.Random) -> list[Row]:
+def course_of(rows: list[Row], section: SftSection, order: random.Random, mixed: list[Row] | None = None) -> list[Row]:
     """All that training shows, in order: whole examples and openings in batches of their own, in a seeded mix, so that
     neither is forgotten over the other. Batches that are not full come last and may share one.
 
-    `rows` stand in turn from each behaviour, so that the first `whole_examples` are as mixed as they can be.
+    `rows` stand in turn from each behaviour, so that the first `whole_examples` are as mixed as they can be. `mixed`:
+    rows of ordinary chat, each shown once, parted over the passes over whole examples.
     """
     whole = rows[: section.whole_examples]
-    openings = [opening_of(row) for row in rows]
-    batches = [b for _ in range(section.opening_epochs) for b in grouped(openings, section.batch_size, order)]
-    batches += [b for _ in range(section.epochs) for b in grouped(whole, section.batch_size, order)]
-    mixed = sorted(order.sample(batches, len(batches)), key=len, reverse=True)
-    return [row for batch in mixed for row in batch]
+    passes = [[opening_of(row) for row in rows] for _ in range(section.opening_epochs)]
+    passes += [whole + (mixed or [])[n :: section.epochs] for n in range(section.epochs)]
+    if section.batching == "packed":
+        batches = [[row] for part in passes for row in packed(part, section.max_tokens, order)]
+        return [row for batch in order.sample(batches, len(batches)) for row in batch]
+    batches = [batch for part in passes for batch in grouped(part, section.batch_size, order)]
+    shuffled = sorted(order.sample(batches, len(batches)), key=len, reverse=True)
+    return [row for batch in shuffled for row in batch]
 
 
 def opening_of(row: Row) -> Row:
@@ -101,87 +108,69 @@ def opening_of(row: Row) -> Row:
     return {name: values[:end] for name, values in row.items()}
 
 
-def collator(tokenizer: Any) -> Any:
-    """Batches of `tokenise`'s rows, padded at the right; the weights of padding are 0."""
-    import torch
-    from transformers import DataCollatorForSeq2Seq
-
-    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, padding=True)
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = dict(pad([{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows]))
-        width = batch["labels"].shape[1]
-        fill = [[0.0] * (width - len(r["weights"])) for r in rows]
-        right = tokenizer.padding_side == "right"
-        batch["weights"] = torch.tensor(
-            [r["weights"] + f if right else f + r["weights"] for r, f in zip(rows, fill, strict=True)]
-        )
-        return batch
-
-    return collate
-
-
-def trainer_class() -> type:
-    """SFTTrainer with the loss projected by one plain matrix product, and with weights.
-
-    TRL's fused head works in chunks to save memory, and on a CPU that costs more than the model's own forward
-    (docs/results.md). With weights of 1 the loss is the same: cross-entropy over label-bearing positions, divided by
-    their count. Otherwise it is the weighted mean, so that the size of a step does not change with the weight.
-    """
-    import torch
-    from trl import SFTTrainer
-
-    class PlainHeadTrainer(SFTTrainer):
-        def compute_loss(
-            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            labels = inputs["labels"][:, 1:]
-            learned = labels != -100
-            core = self.accelerator.unwrap_model(model)
-            hidden = core.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-            logits = core.lm_head(hidden.last_hidden_state[:, :-1][learned])
-            weight = inputs["weights"][:, 1:][learned]
-            each = torch.nn.functional.cross_entropy(logits.float(), labels[learned], reduction="none")
-            total = (each * weight).sum() * learned.sum() / weight.sum()
-            count = learned.sum() if num_items_in_batch is None else num_items_in_batch
-            self._metrics["train"]["mean_token_accuracy"].append(
-                (logits.argmax(-1) == labels[learned]).float().mean().item()
-            )
-            loss = total / count
-            return (loss, hidden) if return_outputs else loss
-
-    return PlainHeadTrainer
-
-
-def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder) -> Manifest:
-    """Train, and leave the model in `checkpoint/`."""
-    import torch
+def packed(rows: list[Row], tokens: int, order: random.Random) -> list[Row]:
+    """Rows of at most `tokens` tokens, each of several examples one after another (TRL's best-fit decreasing), in a
+    seeded order. `seq_lengths` tells the examples apart."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import pack_dataset
+
+    made: list[Row] = pack_dataset(Dataset.from_list(rows), tokens, "bfd").to_list()
+    return order.sample(made, len(made))
+
+
+def filled(course: list[Row], batch: int, tokenizer: Any, packs: bool) -> list[Row]:
+    """The course with its last batch made full by rows that bear no label, so that each process has its part of it,
+    and loss and gradients stay what they are."""
+    empty: Row = {"input_ids": [tokenizer.eos_token_id], "labels": [-100], "weights": [0.0]}
+    return course + [empty | ({"seq_lengths": [1]} if packs else {})] * (-len(course) % batch)
+
+
+def set_aside(examples: list[Example], share: float, seed: int) -> set[str]:
+    """The prompts that are kept out of training: a seeded share of them, each with all its examples."""
+    prompts = sorted({e.prompt_id for e in examples})
+    return set(random.Random(seed).sample(prompts, max(1, round(len(prompts) * share)))) if share else set()
+
+
+def drawn(
+    section: MixSection, beside: int, longest: int, heldout: list[Prompt], tokenizer: Any, order: random.Random
+) -> tuple[list[Row], dict[str, int]]:
+    """Rows of ordinary chat that make up the section's share beside `beside` whole examples, and what was left out."""
+    found, malformed = mix.load(section.data)
+    sound = mix.clean(found, heldout)
+    wanted = round(beside * section.share / (1 - section.share))
+    rows: list[Row] = []
+    for example in order.sample(sound, len(sound)):
+        row = tokenise(example, tokenizer, reasoning=bool(example.reasoning) or _opens(tokenizer, example))
+        if len(rows) < wanted and len(row["input_ids"]) <= longest:
+            rows.append(row)
+        if len(rows) == wanted:
+            break
+    return rows, {"mixed": len(rows), "mix_in_heldout": len(found) - len(sound), "mix_malformed": malformed}
+
+
+def _opens(tokenizer: Any, example: Example) -> bool:
+    return chat.opened(chat.render(tokenizer, example.messages))
+
+
+def arguments_of(recipe: Recipe, steps: int, scratch: Path, held_out: bool = False) -> Any:
+    """SFTConfig of a recipe. Every process takes its part of each batch, in the course's order."""
     from trl import SFTConfig
 
     section = recipe.sft
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    if not section.reasoning and examples and chat.opened(chat.render(tokenizer, examples[0].messages)):
-        raise UserError(
-            f"sft.reasoning: false needs a chat template that leaves {chat.OPEN} to the model; that of {recipe.model} "
-            "opens it, so that answers alone would stand inside the reasoning"
-        )
-    made = [tokenise(e, tokenizer, section.decision_weight, section.reasoning) for e in examples]
-    rows = [row for row in made if len(row["input_ids"]) <= section.max_tokens]
-    if not rows:
-        raise UserError(f"sft.max_tokens {section.max_tokens}: every example is longer than that; raise it")
-    course = course_of(rows, section, random.Random(recipe.seed))
-    tokens = sum(len(r["input_ids"]) for r in course)
-    # The last trainable layers start from the same weights after a kill: the trainer's checkpoint holds them all.
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, recipe.dtype))
-    weights.freeze(model, section.frozen_layers)
-    steps = -(-len(course) // section.batch_size)
-    scratch = folder.path / weights.TRAINER
-    arguments = SFTConfig(
+    rows = processes.rows_at_once(recipe, processes.count())
+    measured: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": section.checkpoint_steps,
+        "per_device_eval_batch_size": rows,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    }
+    return SFTConfig(
         output_dir=str(scratch),
         num_train_epochs=1,
-        per_device_train_batch_size=section.batch_size,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=section.batch_size // (rows * processes.count()),
         learning_rate=section.learning_rate,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": round(steps * DECAY)},
@@ -191,7 +180,7 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
         seed=recipe.seed,
         use_cpu=recipe.device == "cpu",
         bf16=recipe.dtype == "bfloat16",
-        gradient_checkpointing=False,
+        gradient_checkpointing=recipe.gradient_checkpointing,
         train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
@@ -202,28 +191,123 @@ def run(recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder
         save_total_limit=1,
         report_to="none",
         dataloader_pin_memory=recipe.device != "cpu",
-        disable_tqdm=False,
+        disable_tqdm=not processes.leads(),
+        **(measured if held_out else {}),
     )
+
+
+def student(recipe: Recipe, base: Path) -> Any:
+    """The model that trains. Weights that train are float32 also where bfloat16 computes; beside an adapter they do
+    not train, and are in the recipe's format."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import is_flash_attn_2_available
+
+    section = recipe.sft
+    if recipe.device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("device: cuda, but torch sees no GPU here; set device: cpu, or mend the driver")
+        if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+            raise UserError(
+                f"device: cuda with {torch.cuda.device_count()} GPUs needs a process for each: name a config file as "
+                "`accelerate`, or let one be seen with CUDA_VISIBLE_DEVICES"
+            )
+    half = recipe.device == "cuda" and recipe.dtype == "bfloat16"  # what flash attention computes in
+    fast = half and section.batching == "packed" and is_flash_attn_2_available()
+    model = AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=getattr(torch, recipe.dtype if section.lora else "float32"),
+        **({"attn_implementation": "flash_attention_2"} if fast else {}),
+    )
+    if section.lora is not None:
+        torch.manual_seed(recipe.seed)
+        return weights.adapted(model, section.lora, section.frozen_layers)
+    # The last trainable layers start from the same weights after a kill: the trainer's checkpoint holds them all.
+    weights.freeze(model, section.frozen_layers)
+    return model
+
+
+def run(
+    recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder, heldout: list[Prompt] | None = None
+) -> Manifest:
+    """Train, and leave the model in `checkpoint/`. `heldout`: the prompts that no mixed-in chat may hold.
+
+    In several processes all of them call this; the one that leads writes.
+    """
+    from datasets import Dataset
+    from transformers import AutoTokenizer, EarlyStoppingCallback
+
+    section = recipe.sft
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if not section.reasoning and examples and _opens(tokenizer, examples[0]):
+        raise UserError(
+            f"sft.reasoning: false needs a chat template that leaves {chat.OPEN} to the model; that of {recipe.model} "
+            "opens it, so that answers alone would stand inside the reasoning"
+        )
+    aside = set_aside(examples, section.held_out_share, recipe.seed)
+    made = [tokenise(e, tokenizer, section.decision_weight, section.reasoning) for e in examples]
+    fits = [len(row["input_ids"]) <= section.max_tokens for row in made]
+    out = [e.prompt_id in aside for e in examples]
+    rows = [row for row, fit, held in zip(made, fits, out, strict=True) if fit and not held]
+    held = [row for row, fit, held in zip(made, fits, out, strict=True) if fit and held]
+    if not rows:
+        raise UserError(f"sft.max_tokens {section.max_tokens}: every example is longer than that; raise it")
+    if aside and not held:
+        raise UserError(f"sft.held_out_share {section.held_out_share}: no example short enough is held out; raise it")
+    order = random.Random(recipe.seed)
+    beside = len(rows[: section.whole_examples]) * section.epochs
+    mixed, left_out = (
+        drawn(section.mix, beside, section.max_tokens, heldout or [], tokenizer, order) if section.mix else ([], {})
+    )
+    course = course_of(rows, section, order, mixed)
+    tokens = sum(len(r["input_ids"]) for r in course)
+    steps = -(-len(course) // section.batch_size)
+    scratch = folder.path / weights.TRAINER
+    # DeepSpeed must be known before a model is loaded, so that its parts go where they belong.
+    arguments = arguments_of(recipe, steps, scratch, bool(held))
+    if arguments.world_size * arguments.gradient_accumulation_steps > 1:
+        course = filled(course, section.batch_size, tokenizer, section.batching == "packed")
+    model = student(recipe, base)
     trainer = trainer_class()(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(course),
+        eval_dataset=Dataset.from_list(held) if held else None,
         processing_class=tokenizer,
-        data_collator=collator(tokenizer),
+        data_collator=collator(tokenizer, section.batching == "packed"),
+        callbacks=[EarlyStoppingCallback(section.patience)] if section.patience else None,
     )
+    if processes.leads():
+        weights.last_checkpoint(scratch)  # one that was cut off goes, before another process looks
+    processes.wait(recipe)
     last = weights.last_checkpoint(scratch)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
-    weights.save(model, tokenizer, base, folder.path / "checkpoint")
-    curve = [h for h in trainer.state.log_history if "loss" in h]
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if processes.count() > 1 else None
+    if processes.leads():
+        kept = recipe.dtype if recipe.dtype != "float32" else None
+        weights.save(model, tokenizer, base, folder.path / "checkpoint", state, kept)
+    history = trainer.state.log_history
     counts = {
         "in": len(examples),
         "whole": len(rows[: section.whole_examples]),
         "openings": len(rows) if section.opening_epochs else 0,
-        "dropped": len(made) - len(rows),
+        "dropped": fits.count(False),
         "steps": trainer.state.global_step,
+        **left_out,
+        **({"held_out": len(held)} if held else {}),
     }
-    detail = {
-        "curve": [{"step": h["step"], "loss": h["loss"], "accuracy": h.get("mean_token_accuracy")} for h in curve],
+    detail: dict[str, Any] = {
+        "curve": [
+            {"step": h["step"], "loss": h["loss"], "accuracy": h.get("mean_token_accuracy")}
+            for h in history
+            if "loss" in h
+        ],
         "resumed_from": last.name if last else None,
     }
+    if held:
+        detail["held_out"] = [{"step": h["step"], "loss": h["eval_loss"]} for h in history if "eval_loss" in h]
+        detail["kept_step"] = trainer.state.best_global_step
+    if processes.count() > 1:
+        detail["processes"] = processes.count()
     return Manifest(stage="sft", recipe="", inputs={}, outputs={}, counts=counts, tokens=tokens, detail=detail)

@@ -1,0 +1,141 @@
+"""The processes of a training stage: each is started by `accelerate launch` or torchrun, and knows its rank.
+
+In: the environment that the launcher sets, and `recipe.accelerate`. One process leads: it alone writes records,
+manifests and progress; the others wait for it where the run folder changes.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from delib.errors import StageError, UserError
+from delib.recipe import Recipe
+from delib.spec import read_text
+
+LAUNCHED = "DELIB_LAUNCHED"
+"""Set for what `launch` starts: a launcher that starts one process sets no rank."""
+
+
+def count() -> int:
+    """How many processes train together."""
+    return int(os.environ["WORLD_SIZE"]) if _ranked() else 1
+
+
+def _ranked() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launched() -> bool:
+    """Whether a launcher started this process."""
+    return _ranked() or LAUNCHED in os.environ
+
+
+def leads() -> bool:
+    return count() == 1 or os.environ["RANK"] == "0"
+
+
+def wait(recipe: Recipe) -> None:
+    """Wait until every process is here."""
+    if count() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=recipe.device == "cpu").wait_for_everyone()
+
+
+def close(recipe: Recipe) -> None:
+    """Leave the group of processes once all of them are at the end of the stage."""
+    wait(recipe)
+    if count() > 1:
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
+
+
+def launch(recipe: Recipe, stage: str, run: Path) -> None:
+    """Run a stage under `accelerate launch` with the recipe's config file. Raises StageError when it fails."""
+    delib = shutil.which("delib", path=str(Path(sys.executable).parent)) or shutil.which("delib")
+    if delib is None:
+        raise UserError("accelerate: the command delib is not on the PATH; install the package")
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(recipe.accelerate), "--no_python"]
+    done = subprocess.run([*start, delib, stage, "--run", str(run)], check=False, env=os.environ | {LAUNCHED: "1"})
+    if done.returncode != 0:
+        raise StageError(f"{stage}: accelerate launch ended with {done.returncode}; its messages stand above")
+
+
+def config(recipe: Recipe) -> dict[str, Any]:
+    """What the accelerate config file says; empty without one. Raises UserError when it is none."""
+    if recipe.accelerate is None:
+        return {}
+    path = Path(recipe.accelerate)
+    try:
+        found = yaml.safe_load(read_text(path))
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("num_processes"), int):
+        raise UserError(f"accelerate: {path} is no config file of accelerate; 'accelerate config' writes one")
+    return found
+
+
+def sharded(recipe: Recipe) -> bool:
+    """Whether weights, gradients and optimiser lie in parts on all processes, as by FSDP and DeepSpeed's ZeRO-3."""
+    found = config(recipe)
+    if found.get("distributed_type") == "FSDP":
+        strategy = str((found.get("fsdp_config") or {}).get("fsdp_sharding_strategy", "FULL_SHARD"))
+        return strategy not in ("NO_SHARD", "3")
+    stage = (found.get("deepspeed_config") or {}).get("zero_stage")
+    return found.get("distributed_type") == "DEEPSPEED" and stage == 3
+
+
+def planned(recipe: Recipe) -> int:
+    """How many processes will train: those of the launcher that is at work, else of the config file."""
+    return count() if launched() else int(config(recipe).get("num_processes", 1))
+
+
+def rows_at_once(recipe: Recipe, processes: int) -> int:
+    """Examples that each process takes at once. Raises UserError where they do not add up to the batch."""
+    size = recipe.sft.batch_size
+    if size % processes:
+        raise UserError(
+            f"sft.batch_size: {size} can not be parted among {processes} processes; take a multiple of {processes}"
+        )
+    part = size // processes
+    rows = min(recipe.sft.device_batch or part, part)
+    if part % rows:
+        raise UserError(
+            f"sft.device_batch: {rows} does not divide the {part} of sft.batch_size that each of {processes} "
+            f"processes takes; take a divisor of {part}"
+        )
+    return rows
+
+
+def problems(recipe: Recipe) -> list[str]:
+    """What of `accelerate`, `device` and batch sizes does not fit together."""
+    try:
+        found = config(recipe)
+        rows_at_once(recipe, planned(recipe))
+    except UserError as error:
+        return error.problems
+    told = []
+    kind = str(found.get("distributed_type", "NO"))
+    if kind in ("FSDP", "DEEPSPEED") and recipe.device == "cpu":
+        told.append(f"accelerate: {kind} needs GPUs; set device: cuda, or take a config file for the CPU")
+    mixed = str(found.get("mixed_precision", "no")).lower()
+    if mixed not in ("no", "false", "bf16" if recipe.dtype == "bfloat16" else "no"):
+        told.append(
+            f"accelerate: mixed_precision is {mixed}, and dtype {recipe.dtype}; let the file say what dtype says"
+        )
+    if kind == "DEEPSPEED" and sharded(recipe) and recipe.sft.lora is not None:
+        told.append("sft.lora: ZeRO-3 takes no adapter in float32 beside other weights; take FSDP or zero_stage 2")
+    if kind == "MULTI_CPU":
+        told.append(
+            "accelerate: MULTI_CPU starts several processes by MPI alone; MULTI_GPU does so without, on a CPU too"
+        )
+    if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
+        told.append("accelerate: deepspeed is not installed; run 'pip install deepspeed'")
+    return told

@@ -1,0 +1,238 @@
+"""Several processes on the CPU train as one does; what a launcher starts, and what is refused. Real processes, gloo."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import SPEC
+from delib import pipeline, recipe
+from delib.errors import StageError, UserError
+from delib.records import Example, Manifest, Message
+from delib.run import RECORDS, Run
+from delib.stages import sft
+from delib.training import processes
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", "--"]
+DELIB = [sys.executable, "-c", "from delib.cli import main; main()"]
+TWO = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+use_cpu: false
+num_machines: 1
+num_processes: 2
+main_process_port: 0
+mixed_precision: 'no'
+"""
+
+
+@pytest.fixture
+def run_folder(tmp_path, tiny_model):
+    """Makes a run folder whose distill stage is finished: 13 examples, so that the last batch of four is not full."""
+    (tmp_path / "spec.md").write_text(SPEC, encoding="utf-8")
+    examples = [
+        Example(
+            prompt_id=f"p{n}",
+            messages=[Message(role="user", content=f"Hello {n}?" + " please" * (n % 4))],
+            reasoning="Harmful: " + "why " * (n % 5) + "K1 tells. I refuse.",
+            answer="I'm sorry." * (1 + n % 3),
+        )
+        for n in range(13)
+    ]
+
+    def make(name, more=""):
+        folder = tmp_path / name
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(
+            f"name: {name}\nmodel: {tiny_model}\nspec: spec.md\n"
+            f"sft: {{batch_size: 4, epochs: 2, decision_weight: 4, learning_rate: 0.003, checkpoint_steps: 3{more}",
+            encoding="utf-8",
+        )
+        folder.mkdir()
+        (folder / "recipe.yaml").write_text(recipe.dump(recipe.load(file)), encoding="utf-8")
+        distill = Run(folder).stage("distill")
+        distill.begin("made by hand")
+        distill.replace(examples)
+        made = Manifest(stage="distill", recipe="made by hand", inputs={}, outputs={}, counts={})
+        distill.finish(made, [RECORDS])
+        return folder
+
+    return make
+
+
+def started(command, folder):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(folder.parent)}
+    return subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False, env=environment)
+
+
+def manifest_of(folder):
+    return json.loads((folder / "sft" / "manifest.json").read_text(encoding="utf-8"))
+
+
+def same_losses(one, other):
+    ours, theirs = (m["detail"]["curve"] for m in (one, other))
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for ours_row, theirs_row in zip(ours, theirs, strict=True):
+        assert ours_row["loss"] == pytest.approx(theirs_row["loss"], rel=1e-4)
+
+
+def test_two_processes_train_as_one_does(run_folder):
+    """By torchrun: the same losses, one set of records and progress, the same weights."""
+    import torch
+    from safetensors.torch import load_file
+
+    alone, together = run_folder("alone", "}"), run_folder("together", "}")
+    pipeline.open_run(alone).execute("sft")
+    done = started([*LAUNCH, *DELIB, "sft", "--run", str(together)], together)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("sft: in 13") == 1
+    one, two = manifest_of(alone), manifest_of(together)
+    assert two["detail"].pop("processes") == 2
+    assert (one["counts"], one["outputs"].keys()) == (two["counts"], two["outputs"].keys())
+    same_losses(two, one)
+    ours, theirs = (load_file(f / "sft" / "checkpoint" / "model.safetensors") for f in (together, alone))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
+    assert not (together / "sft" / "trainer").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_one_was_stopped(run_folder):
+    alone, together = run_folder("alone", "}"), run_folder("together", "}")
+    pipeline.open_run(alone).execute("sft")
+    kind, steps = sft.trainer_class(), []
+
+    class Stopped(kind):
+        def compute_loss(self, *given, **more):
+            steps.append(1)
+            if len(steps) == 5:
+                raise KeyboardInterrupt
+            return super().compute_loss(*given, **more)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sft, "trainer_class", lambda: Stopped)
+        pipeline.open_run(together).execute("sft")
+    done = started([*LAUNCH, *DELIB, "sft", "--run", str(together)], together)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = manifest_of(alone), manifest_of(together)
+    assert (two["detail"]["resumed_from"], two["detail"]["processes"]) == ("checkpoint-3", 2)
+    same_losses(two, one)
+
+
+@pytest.mark.slow
+def test_an_accelerate_file_starts_the_processes_itself(run_folder, tmp_path):
+    """`delib sft` as it is typed: two processes, an adapter, gradients summed over two batches of one."""
+    (tmp_path / "two.yaml").write_text(TWO, encoding="utf-8")
+    extra = ", device_batch: 1, lora: {rank: 2}, held_out_share: 0.2}\n"
+    alone, together = run_folder("alone", extra), run_folder("together", extra + "accelerate: two.yaml\n")
+    pipeline.open_run(alone).execute("sft")
+    done = started([*DELIB, "sft", "--run", str(together)], together)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = manifest_of(alone), manifest_of(together)
+    assert two["detail"]["processes"] == 2
+    same_losses(two, one)
+    assert two["detail"]["kept_step"] == one["detail"]["kept_step"]
+    held = [[m["loss"] for m in made["detail"]["held_out"]] for made in (one, two)]
+    assert held[1] == pytest.approx(held[0], rel=1e-4)
+    assert (together / "sft" / "checkpoint" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_what_does_not_fit_together_is_told_before_any_compute(tmp_path, tiny_model):
+    def told(accelerate="", **more):
+        (tmp_path / "a.yaml").write_text(accelerate, encoding="utf-8")
+        changed = {"model": str(tiny_model), "accelerate": str(tmp_path / "a.yaml") if accelerate else None} | more
+        return processes.problems(recipe.Recipe.model_validate(changed))
+
+    assert told() == told(TWO) == []
+    assert "'accelerate config' writes one" in told("just text")[0]
+    assert "take a multiple of 2" in told(TWO, sft={"batch_size": 5})[0]
+    assert "take a divisor of 6" in told(TWO, sft={"batch_size": 12, "device_batch": 4})[0]
+    assert told(TWO, sft={"batch_size": 12, "device_batch": 3}) == []
+    assert "FSDP needs GPUs" in told(TWO.replace("MULTI_GPU", "FSDP"))[0]
+    assert "by MPI alone" in told(TWO.replace("MULTI_GPU", "MULTI_CPU"))[0]
+    deepspeed = told(TWO.replace("MULTI_GPU", "DEEPSPEED"), device="cuda")
+    assert deepspeed == ["accelerate: deepspeed is not installed; run 'pip install deepspeed'"]
+    assert "mixed_precision is bf16, and dtype float32" in told(TWO.replace("'no'", "bf16"))[0]
+    assert told(TWO.replace("'no'", "bf16"), dtype="bfloat16") == []
+    zero = TWO.replace("MULTI_GPU", "DEEPSPEED") + "deepspeed_config: {zero_stage: 3}\n"
+    assert "ZeRO-3 takes no adapter" in told(zero, device="cuda", sft={"lora": {}})[0]
+
+
+def test_only_training_is_run_by_several_processes(run_folder, monkeypatch):
+    folder = run_folder("alone", "}")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started, and only sft"):
+        pipeline.open_run(folder).execute("distill")
+    assert not processes.leads()
+
+
+def test_a_launcher_that_fails_stops_the_stage(run_folder, tmp_path, monkeypatch):
+    """What it starts is not started again by itself."""
+    (tmp_path / "one.yaml").write_text(TWO.replace("num_processes: 2", "num_processes: 1"), encoding="utf-8")
+    opened = pipeline.open_run(run_folder("alone", "}\naccelerate: one.yaml\n"))
+    seen = []
+
+    def fails(command, check, env):
+        seen.append((command, env[processes.LAUNCHED]))
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", fails)
+    with pytest.raises(StageError, match="accelerate launch ended with 3"):
+        opened.execute("sft")
+    ((command, mark),) = seen
+    assert command[-3:-1] == ["sft", "--run"]
+    assert mark == "1"
+    monkeypatch.setenv(processes.LAUNCHED, "1")
+    assert processes.launched()
+    assert processes.count() == 1
+
+
+def test_the_estimate_counts_what_a_layer_keeps(tiny_model, tmp_path):
+    """Bytes that torch keeps for the backward pass of a small model, beside the formula."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from delib.training import footprint
+
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = LlamaConfig(vocab_size=300, num_hidden_layers=6, **sizes)
+    model = LlamaForCausalLM(config)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model(torch.zeros((2, 100), dtype=torch.int64), use_cache=False)
+    found = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
+    assert 200 * 6 * footprint.kept_by_a_layer(config, 4) == pytest.approx(found, rel=0.1)
+    weights = sum(p.numel() for p in model.parameters())
+    given = {"device": "cuda", "sft": {"batch_size": 2, "max_tokens": 100}}
+    whole = footprint.estimate(recipe.Recipe.model_validate(given), config)
+    assert whole[:3] == (4 * weights, 4 * weights, 8 * weights)
+    assert whole.activations == pytest.approx(found, rel=0.1)
+    less = footprint.estimate(recipe.Recipe.model_validate(given | {"gradient_checkpointing": True}), config)
+    assert less.activations < whole.activations / 4
+    adapter = given | {"dtype": "bfloat16", "sft": given["sft"] | {"lora": {"rank": 2}}}
+    small = footprint.estimate(recipe.Recipe.model_validate(adapter), config)
+    assert small.optimiser == 2 * small.gradients < whole.optimiser / 10
+    assert small.weights == 2 * weights + small.gradients
+    (tmp_path / "fsdp.yaml").write_text(TWO.replace("MULTI_GPU", "FSDP"), encoding="utf-8")
+    parted = given | {"accelerate": str(tmp_path / "fsdp.yaml")}
+    assert footprint.estimate(recipe.Recipe.model_validate(parted), config)[1:3] == (2 * weights, 4 * weights)
+    told = footprint.lines(recipe.Recipe.model_validate(parted | {"model": str(tiny_model)}))
+    assert told[0].startswith("Memory of SFT on each of 2 devices, about: weights 0.0")
+    assert "Never run on a GPU" in told[1]
+    assert "FSDP" in told[1]
+    assert footprint.lines(recipe.Recipe()) == []
+
+
+@pytest.mark.parametrize("name", ["gpu-24gb", "gpu-80gb", "gpu-8x80gb"])
+def test_shipped_gpu_recipes_are_sound(name):
+    loaded = recipe.load(recipe.RECIPES / f"{name}.yaml")
+    assert pipeline.check(loaded) == []
+    assert processes.planned(loaded) == (8 if "8x" in name else 1)
