@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -111,11 +111,29 @@ def chat(
         str, typer.Argument(help="A checkpoint folder, a hub id, smollm2, a GGUF file or an inspect_ai name.")
     ],
     max_tokens: Annotated[int, typer.Option(help="The most tokens of one answer.")] = 256,
+    hide_reasoning: Annotated[bool, typer.Option("--hide-reasoning", help="Show the answers alone.")] = False,
+    system: Annotated[str | None, typer.Option("--system", help="A system message.", show_default=False)] = None,
 ) -> None:
     """Talk with a model; its reasoning is shown dimmed. An empty line or Ctrl-D ends it."""
     from delib import talk
 
-    talk.chat(model, max_tokens)
+    talk.chat(model, max_tokens, hide_reasoning, system)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, a hub id, smollm2 or a GGUF file.")],
+    host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The port to listen on.")] = 8080,
+    context: Annotated[int, typer.Option("--context", min=64, help="Room for a prompt and its answer, tokens.")] = 4096,
+    device: Annotated[
+        Literal["cpu", "cuda"], typer.Option("--device", help="Where it runs: cpu by llama.cpp, cuda by vLLM.")
+    ] = "cpu",
+) -> None:
+    """Serve a model to OpenAI's clients, its reasoning in a field of its own; Ctrl-C ends it."""
+    from delib import serving
+
+    serving.serve(model, host, port, context, device)
 
 
 @app.command("eval")
@@ -181,14 +199,26 @@ def label(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder whose distill stage is finished.")],
+    run: Annotated[Path, typer.Argument(help="A run folder, or a model folder.")],
     to: Annotated[str, typer.Option("--to", help="A new folder, or hub:OWNER/NAME.", show_default=False)],
+    what: Annotated[
+        Literal["data", "sft", "rl"] | None,
+        typer.Option("--what", help="Of a run: its training examples, or a stage's model; data when left out."),
+    ] = None,
+    form: Annotated[
+        Literal["safetensors", "gguf", "adapter"] | None,
+        typer.Option("--form", help="Of a model; safetensors when left out."),
+    ] = None,
+    quantisation: Annotated[
+        Literal["f16", "q8_0", "q4_0"] | None,
+        typer.Option("--quantisation", help="Of a GGUF file; q8_0 when left out."),
+    ] = None,
     public: Annotated[bool, typer.Option("--public", help="On the hub for all to see; private when left out.")] = False,
 ) -> None:
-    """Write a run's training examples as a data set that TRL takes, with its data card."""
-    from delib import export as exporting
+    """Write a run's training examples as a data set that TRL takes, or a model, with a card."""
+    from delib import export_model
 
-    typer.echo(exporting.export(run, to, public))
+    typer.echo(export_model.export_any(run, to, public, what, form, quantisation))
 
 
 @app.command("judge-check")

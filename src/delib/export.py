@@ -7,17 +7,18 @@ completion, and what is known of each prompt) and `README.md`, the card; or the 
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from delib import chat, pipeline
 from delib.errors import UserError
+from delib.progress import say
 from delib.records import Example, Manifest, Prompt, Sample
 from delib.run import disk_error, sha256
-from delib.stages.report import markdown_cell
+from delib.stages.report import TEMPLATES, markdown_cell
 
 HUB = "hub:"
-CARD = Path(__file__).parent / "templates" / "card.md"
 STAGES = ("prompts", "generate", "filter", "distill")
 
 
@@ -44,15 +45,27 @@ def export(run: Path, to: str, public: bool = False) -> str:
     Raises UserError when distill is not finished or the policy or prompts changed since, when the folder is there
     already, or when the hub refuses.
     """
-    hub, folder = to.startswith(HUB), Path(to)
-    if hub:
+    check_place(to, public)
+    opened = pipeline.open_run(run)
+    manifests = finished(opened, STAGES)
+    return deliver(to, public, "dataset", lambda folder: f"{_write(opened, manifests, folder)} examples")
+
+
+def check_place(to: str, public: bool) -> None:
+    """Raises UserError for a place that can't take an export."""
+    folder = Path(to)
+    if to.startswith(HUB):
         _check_name(to.removeprefix(HUB))
     elif public:
         raise UserError("--public is for the hub; write --to hub:OWNER/NAME, or leave it out")
     elif folder.exists() or folder.is_symlink():
         raise UserError(f"--to {folder}: it is there already; name a new folder")
-    opened = pipeline.open_run(run)
-    manifests = _manifests(opened)
+
+
+def deliver(to: str, public: bool, kind: Literal["dataset", "model"], write: Callable[[Path], str]) -> str:
+    """Let `write` fill a folder, whole or not at all, or a new repository on the hub; returns where it is and what
+    `write` says of it."""
+    hub, folder = to.startswith(HUB), Path(to)
     parent = Path(tempfile.gettempdir()) if hub else folder.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -62,27 +75,27 @@ def export(run: Path, to: str, public: bool = False) -> str:
     except OSError as error:
         raise disk_error(folder, error) from error
     try:
-        count = _write(opened, manifests, scratch)
+        said = write(scratch)
         if hub:
-            return _push(scratch, to.removeprefix(HUB), public)
+            return _push(scratch, to.removeprefix(HUB), public, kind)
         scratch.chmod(0o755)
         scratch.replace(folder)
     except OSError as error:
         raise disk_error(folder, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return f"{folder}: {count} examples"
+    return f"{folder}: {said}"
 
 
-def _manifests(opened: pipeline.Pipeline) -> dict[str, Manifest]:
-    """Those of the data stages, each finished and none of them older than what it was made from."""
+def finished(opened: pipeline.Pipeline, stages: Sequence[str]) -> dict[str, Manifest]:
+    """The stages' manifests, each finished and none of them older than what it was made from."""
     made = {}
-    for stage in STAGES:
+    for stage in stages:
         inputs, manifest = opened.inputs(stage), opened.folder(stage).manifest()
         if manifest is None or manifest.inputs != inputs:
             raise UserError(
                 f"{opened.run.path}: {stage} is not finished, or what it was made from changed since; run "
-                f"'delib run {opened.run.path / 'recipe.yaml'} --out {opened.run.path} --to distill' first"
+                f"'delib run {opened.run.path / 'recipe.yaml'} --out {opened.run.path} --to {stages[-1]}' first"
             )
         made[stage] = manifest
     return made
@@ -102,31 +115,50 @@ def _write(opened: pipeline.Pipeline, manifests: dict[str, Manifest], folder: Pa
 def _card(
     opened: pipeline.Pipeline, manifests: dict[str, Manifest], found: list[dict[str, Any]], data_hash: str
 ) -> str:
-    import jinja2
-
     recipe, samples = opened.recipe, opened.run.finished("filter", Sample)
     drops = Counter(s.drop_reason or s.failure or "dropped" for s in samples if not s.kept)
     own = (recipe.prompts.train, recipe.generate.recordings, recipe.spec)
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["cell"] = markdown_cell
-    return environment.from_string(CARD.read_text(encoding="utf-8")).render(
+    return card(
+        "card.md",
         recipe=recipe,
-        judge=_public(recipe.judge),
+        judge=public_name(recipe.judge),
         spec=opened.spec,
         spec_hash=sha256(opened.spec_path),
         data_hash=data_hash,
         count=len(found),
         shipped=recipe.generate.teacher == "recorded" and all(name.startswith("starter:") for name in own),
-        # A local model is told by its folder's name: where it lies is nobody's business.
-        writers=sorted({_public(s.completion.model) for s in samples if s.completion and s.kept}),
+        writers=writers(samples),
         kinds=Counter((r["category"] or "everyday", r["behaviour"] or "unlabelled") for r in found),
         manifests=manifests,
         drops=drops,
-        agreed=opened.agreements()[0],
+        agreed=agreed(opened),
     )
 
 
-def _public(model: str) -> str:
+def agreed(opened: pipeline.Pipeline) -> dict[str, Any]:
+    """How far the judge that filtered and rewarded agrees with the shipped labels. A second judge, which may take
+    minutes, is not asked: a card shows none of its figures."""
+    say("measuring the judge, for the card")
+    alone = opened.recipe.evaluate.model_copy(update={"second_judge": None})
+    return pipeline.Pipeline(opened.recipe.model_copy(update={"evaluate": alone}), opened.run).agreements()[0]
+
+
+def card(template: str, **told: Any) -> str:
+    """A card from its template, in which the filter `cell` makes markup of others harmless."""
+    import jinja2
+
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["cell"] = markdown_cell
+    return environment.from_string((TEMPLATES / template).read_text(encoding="utf-8")).render(**told)
+
+
+def writers(samples: list[Sample]) -> list[str]:
+    """Who wrote the completions that were kept."""
+    return sorted({public_name(s.completion.model) for s in samples if s.completion and s.kept})
+
+
+def public_name(model: str) -> str:
+    """A local model is told by its folder's name: where it lies is nobody's business."""
     return Path(model).name if model.startswith(("/", ".")) else model
 
 
@@ -142,7 +174,7 @@ def _check_name(name: str) -> None:
         raise UserError(f"--to {HUB}{name}: no owner; write hub:OWNER/NAME")
 
 
-def _push(folder: Path, name: str, public: bool) -> str:
+def _push(folder: Path, name: str, public: bool, kind: Literal["dataset", "model"]) -> str:
     import httpx2
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -154,11 +186,11 @@ def _push(folder: Path, name: str, public: bool) -> str:
     passing = (HfHubHTTPError, httpx2.HTTPError, OSError)
     api = HfApi()
     try:
-        api.create_repo(name, repo_type="dataset", private=not public, exist_ok=False)
+        api.create_repo(name, repo_type=kind, private=not public, exist_ok=False)
     except passing as error:
         raise refused(error, "name one that is not taken yet, log in with 'hf auth login', check the network") from None
     try:
-        api.upload_folder(folder_path=folder, repo_id=name, repo_type="dataset")
+        api.upload_folder(folder_path=folder, repo_id=name, repo_type=kind)
     except passing as error:
-        raise refused(error, "the data set was made and is not filled; delete it there, then try again") from None
+        raise refused(error, f"the {kind} was made and is not filled; delete it there, then try again") from None
     return f"{HUB}{name}: {'public' if public else 'private'}"

@@ -28,14 +28,14 @@ from delib.stages import evaluate
 from delib.stages import prompts as prompts_stage
 
 
-def chat(model: str, max_tokens: int) -> None:
-    """Read lines, answer each with the whole conversation so far."""
+def chat(model: str, max_tokens: int, hide_reasoning: bool = False, system: str | None = None) -> None:
+    """Read lines, answer each with the whole conversation so far, after the `system` message where there is one."""
     recipe = recipe_of(model)
     opener = Opener(recipe, specs.load(recipes.path_of(recipe.spec)))
     console = Console()
 
     async def talk() -> None:
-        messages: list[Message] = []
+        messages = [] if system is None else [Message(role="system", content=system)]
         async with opener.any(model, 4096) as answering:
             while True:
                 try:
@@ -51,7 +51,7 @@ def chat(model: str, max_tokens: int) -> None:
                     console.print(f"error: {error}", markup=False, highlight=False)
                     messages.pop()
                     continue
-                if made.reasoning:
+                if made.reasoning and not hide_reasoning:
                     console.print(made.reasoning, style="dim", markup=False, highlight=False)
                 console.print(made.answer or f"({made.finish}: no answer)", markup=False, highlight=False)
                 messages.append(Message(role="assistant", content=made.answer))

@@ -1,0 +1,189 @@
+"""`delib export`: a trained model in the forms that people use, with its model card.
+
+In: a run and the stage whose checkpoint leaves, or a model folder. Out: a new folder, or a repository on the hub, with
+safetensors (the format of the checkpoint's numbers kept), one GGUF file, or a LoRA adapter, and `README.md`, the card.
+Training examples leave by `export.py`.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from delib import export, model_card, pipeline
+from delib.errors import UserError
+from delib.models import weights
+from delib.pipeline import CHECKPOINT
+from delib.progress import say
+from delib.run import sha256
+
+What = Literal["data", "sft", "rl"]
+Form = Literal["safetensors", "gguf", "adapter"]
+Quantisation = Literal["f16", "q8_0", "q4_0"]
+TOKENIZER = ("tokenizer*", "vocab.json", "merges.txt", "*_tokens*.json", "chat_template*")
+MODEL = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class Source(NamedTuple):
+    """The model that leaves: its folder and name, and the run and stage that made it, where they are known."""
+
+    folder: Path
+    name: str
+    run: pipeline.Pipeline | None
+    stage: str | None
+
+
+def export_any(
+    place: Path,
+    to: str,
+    public: bool = False,
+    what: What | None = None,
+    form: Form | None = None,
+    quantisation: Quantisation | None = None,
+) -> str:
+    """A run's training examples or checkpoint, or a model folder, by what is asked for; returns where it is.
+
+    Left out, `what` is the data of a run and the model of a folder, `form` is safetensors and `quantisation` q8_0.
+    """
+    folder = is_model(place)
+    problems = []
+    if folder and what is not None:
+        problems.append(f"--what {what}: {place} is a model folder and not a run; leave it out")
+    if not folder and what in (None, "data") and (form or quantisation):
+        problems.append("--form and --quantisation are a model's; name one with --what sft or --what rl")
+    elif quantisation and form != "gguf":
+        problems.append(f"--quantisation {quantisation}: is of a GGUF file; add --form gguf, or leave it out")
+    if problems:
+        raise UserError(problems)
+    if not folder and what in (None, "data"):
+        return export.export(place, to, public)
+    return export_model(place, to, public, what, form or "safetensors", quantisation or "q8_0")
+
+
+def is_model(place: Path) -> bool:
+    return not (place / "recipe.yaml").exists() and any((place / n).exists() for n in ("config.json", ADAPTER[0]))
+
+
+def export_model(place: Path, to: str, public: bool, what: str | None, form: Form, quantisation: Quantisation) -> str:
+    """Write the model to a new folder, or to the hub with `hub:OWNER/NAME`, private unless `public`.
+
+    Raises UserError when it can't be had in this form, when a stage is not finished or what it was made from changed
+    since, when the folder is there already, or when the hub refuses.
+    """
+    export.check_place(to, public)
+    source = _source(place, what)
+    if form == "adapter":
+        _check_adapter(source)
+
+    def write(folder: Path) -> str:
+        said = _write(source, folder, form, quantisation)
+        kind = quantisation if form == "gguf" else None
+        told = model_card.render(source.run, source.stage, source.name, form, kind, _base_of(source, form))
+        (folder / "README.md").write_text(told, encoding="utf-8")
+        return said
+
+    return export.deliver(to, public, "model", write)
+
+
+def _source(place: Path, what: str | None) -> Source:
+    """A run's checkpoint, also where its folder was named; its run must be whole up to it."""
+    if is_model(place) and place.name == CHECKPOINT and (place.parents[1] / "recipe.yaml").exists():
+        place, what = place.parents[1], place.parent.name
+    if what is None:
+        return Source(place, place.resolve().name, None, None)
+    run = pipeline.open_run(place)
+    made = export.finished(run, model_card.BEFORE[what])[what]
+    folder = run.folder(what).path / CHECKPOINT
+    if not folder.exists() or sha256(folder) != made.outputs[CHECKPOINT]:
+        raise UserError(f"{folder}: is not what {what} left there; run 'delib {what} --run {place}' to make it anew")
+    return Source(folder, f"{run.recipe.name}-{what}", run, what)
+
+
+def adapter_of(folder: Path) -> Path | None:
+    """Where a checkpoint's adapter lies; a folder may be one itself."""
+    return next((p for p in (folder / weights.ADAPTER, folder) if (p / ADAPTER[0]).exists()), None)
+
+
+def _check_adapter(source: Source) -> None:
+    if adapter_of(source.folder) is None:
+        who = "it" if source.stage is None else f"{source.stage}"
+        raise UserError(
+            f"{source.folder}: holds no LoRA adapter, since {who} trained the weights themselves; "
+            "use --form safetensors or gguf"
+        )
+
+
+def _base_of(source: Source, form: Form) -> str:
+    """The public name of the model that an adapter goes onto, or that was trained; empty where nobody knows."""
+    adapter = adapter_of(source.folder)
+    if adapter is not None and (form == "adapter" or source.run is None):
+        return _base_name(source, _read(adapter / ADAPTER[0])["base_model_name_or_path"])
+    return "" if source.run is None else model_card.base_name(source.run.recipe.model)
+
+
+def _base_name(source: Source, path: str) -> str:
+    if source.run is None:
+        return model_card.base_name(path)
+    name = source.run.recipe.name
+    return f"{name}-sft" if path.endswith(f"sft/{CHECKPOINT}") else model_card.base_name(source.run.recipe.model)
+
+
+def _write(source: Source, folder: Path, form: Form, quantisation: Quantisation) -> str:
+    if form == "adapter":
+        adapter = adapter_of(source.folder)
+        assert adapter is not None
+        _copy(adapter, folder, ADAPTER)
+        _copy(source.folder, folder, TOKENIZER)
+        config = _read(folder / ADAPTER[0])
+        config["base_model_name_or_path"] = _base_of(source, form)
+        _dump(folder / ADAPTER[0], config)
+        return f"an adapter of {config['base_model_name_or_path']}"
+    with _whole(source.folder) as model:
+        if form == "safetensors":
+            _copy(model, folder, (*MODEL, *TOKENIZER))
+            return "safetensors"
+        file = folder / f"{source.name}-{quantisation}.gguf"
+        kept = weights.to_gguf(model, file, quantisation)
+    if kept and quantisation != "f16":
+        say(f"note: {len(kept)} tensors stay f16, as their rows are no multiple of 32: {', '.join(kept[:3])} …")
+    return file.name
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder with all weights: of an adapter alone its base is fetched and merged with it, in the base's format."""
+    if (folder / "config.json").exists():
+        weights.resolve(str(folder))
+        yield folder
+        return
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = weights.resolve(_read(folder / ADAPTER[0])["base_model_name_or_path"])
+    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), str(folder))
+    with tempfile.TemporaryDirectory() as scratch:
+        model.merge_and_unload().save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(base).save_pretrained(scratch)
+        yield Path(scratch)
+
+
+def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    """Copy files of these names; of a JSON file's keys those that tell where something lies on this machine stay."""
+    for file in {f for pattern in patterns for f in source.glob(pattern) if f.is_file()}:
+        shutil.copyfile(file, target / file.name)
+        if file.name in ("config.json", "tokenizer_config.json", ADAPTER[0]):
+            kept = {k: v for k, v in _read(file).items() if not (isinstance(v, str) and v.startswith("/"))}
+            _dump(target / file.name, kept)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return data
+
+
+def _dump(file: Path, data: dict[str, Any]) -> None:
+    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,107 @@
+"""The card of a model that leaves: what it is, what it was made from, what was measured, and what was never run.
+
+In: the run and stage that made it, where they are known. Out: markdown with the hub's front matter. It names no place
+on this machine.
+"""
+
+import json
+from typing import Any
+
+from delib import export, pipeline
+from delib.errors import UserError
+from delib.evals.scoring import JUDGED
+from delib.models import weights
+from delib.pipeline import CHECKPOINT
+from delib.recipe import Recipe
+from delib.records import Metric, Sample
+from delib.run import sha256
+from delib.stages.report import HEADLINE, shown
+
+KNOWN = {weights.SMOLLM2: ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
+"""By a recipe's `model`, its name on the hub and its licence."""
+BEFORE = {"sft": (*export.STAGES, "sft"), "rl": (*export.STAGES, "sft", "rl")}
+"""What must be finished for a stage's model, that stage last."""
+
+
+def base_name(model: str) -> str:
+    return KNOWN[model][0] if model in KNOWN else export.public_name(model)
+
+
+def render(
+    run: pipeline.Pipeline | None, stage: str | None, name: str, form: str, quantisation: str | None, base: str
+) -> str:
+    """`quantisation`: of a GGUF file. `base`: the public name of the model that was trained, empty if unknown."""
+    told: dict[str, Any] = {"name": name, "form": form, "quantisation": quantisation, "base": base, "run": None}
+    told["hub_base"] = base if base.count("/") == 1 else None
+    told["licence"] = None
+    if run is not None and stage is not None:
+        told |= {"run": _of_run(run, stage, form, quantisation), "licence": licence(run.recipe)}
+    return export.card("model_card.md", **told)
+
+
+def licence(recipe: Recipe) -> str | None:
+    """The licence of what is made of a base and data whose licences are known; None where a person must say."""
+    own = (recipe.spec, recipe.prompts.train, recipe.prompts.rl or "starter:", recipe.generate.recordings)
+    shipped = recipe.generate.teacher == "recorded" and all(name.startswith("starter:") for name in own)
+    shipped = shipped and recipe.sft.mix is None
+    return KNOWN[recipe.model][1] if shipped and recipe.model in KNOWN else None
+
+
+def _of_run(run: pipeline.Pipeline, stage: str, form: str, quantisation: str | None) -> dict[str, Any]:
+    recipe = run.recipe
+    manifests = {name: run.folder(name).manifest() for name in BEFORE[stage]}
+    measured = f"transformers in {recipe.dtype}"
+    if recipe.engine == "llamacpp" and weights.can_serve(run.folder(stage).path / CHECKPOINT):
+        measured = f"llama.cpp with weights in {recipe.evaluate.quantisation}"
+    same = quantisation == recipe.evaluate.quantisation and measured.startswith("llama.cpp")
+    return {
+        "recipe": recipe,
+        "stage": stage,
+        "spec": run.spec,
+        "spec_hash": sha256(run.spec_path),
+        "manifests": manifests,
+        "writers": export.writers(run.run.finished("filter", Sample)),
+        "judge": export.public_name(recipe.judge),
+        "agreed": export.agreed(run),
+        "settings": {
+            name: settings(getattr(recipe, name).model_dump()) for name in BEFORE[stage][len(export.STAGES) :]
+        },
+        "table": figures(run, stage),
+        "measured": measured,
+        "same_form": same or (form == "safetensors" and measured.startswith("transformers")),
+    }
+
+
+def settings(section: dict[str, Any]) -> str:
+    """A recipe's section in one line, local files by their names."""
+    parts = []
+    for key, value in section.items():
+        if isinstance(value, dict):
+            parts.append(f"{key} ({settings(value)})")
+        elif value is not None:
+            parts.append(f"{key} {export.public_name(value) if isinstance(value, str) else value}")
+    return ", ".join(parts)
+
+
+def figures(run: pipeline.Pipeline, stage: str) -> list[dict[str, Any]]:
+    """Base's and the model's held-out figures side by side; none when this checkpoint was not evaluated."""
+    folder = run.folder("evaluate")
+    manifest = folder.manifest()
+    try:
+        current = manifest is not None and manifest.inputs == run.inputs("evaluate")
+    except UserError:  # a later stage, which evaluate needs, was never run
+        current = False
+    if not current:
+        return []
+    rows = json.loads((folder.path / "metrics.json").read_text(encoding="utf-8"))
+    whole = {(m.arm, m.name): m for m in map(Metric.model_validate, rows) if m.by is None}
+    return [
+        {
+            "name": name,
+            "judged": name in JUDGED,
+            "meaning": meaning,
+            "cells": [shown(whole.get((arm, name))) for arm in ("base", stage)],
+        }
+        for name, meaning in HEADLINE
+        if (stage, name) in whole
+    ]

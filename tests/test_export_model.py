@@ -1,0 +1,222 @@
+"""Models that `delib export` writes: the weights that were trained, in each form, and what the card says of them."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+import tiny
+from delib import cli, export_model, pipeline, recipe
+from delib.errors import UserError
+from delib.judges.compact import CompactJudge
+from delib.models import weights
+from delib.records import Manifest, Metric, Verdict
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """With merges, without which llama.cpp takes no tokenizer."""
+    folder = tmp_path_factory.mktemp("merged")
+    tiny.save(folder, "llama", "gpt-2")
+    return folder
+
+
+def close(opened: pipeline.Pipeline, stage: str, outputs: list[str]) -> None:
+    """End a stage whose outputs were put there by hand."""
+    made = Manifest(stage=stage, recipe="", inputs=opened.inputs(stage), outputs={}, counts={"out": 1})
+    opened.folder(stage).finish(made, outputs)
+
+
+def adapted(base, place) -> None:
+    """A checkpoint as training with LoRA leaves it: the merged model, and the adapter beside."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    weights.save(model, AutoTokenizer.from_pretrained(base), base, place)
+
+
+@pytest.fixture
+def run(recipe_file, tmp_path, tiny_model, monkeypatch):
+    """A run whose checkpoints stand: SFT by LoRA, RL of all weights, evaluated; the judge and the training are none."""
+
+    async def grade(self, prompt, completion, view, runs):
+        made = Verdict(
+            score=1.0, behaviour="comply", criteria={}, reason="", view=view, judge="compact-0", sent=completion.text
+        )
+        return [made] * runs
+
+    monkeypatch.setattr(CompactJudge, "grade", grade)
+    agreed = {"judge": "compact", "n": 585, "balanced_accuracy": 0.918, "kappa": 0.84}
+    monkeypatch.setattr(pipeline.agreement, "measure", lambda judge, rows: agreed)
+    folder = tmp_path / "run"
+    pipeline.run_to(pipeline.start_run(recipe.load(recipe_file), folder), "distill")
+    opened = pipeline.open_run(folder)
+    (folder / "sft").mkdir()
+    adapted(tiny_model, folder / "sft" / "checkpoint")
+    close(opened, "sft", ["checkpoint"])
+    shutil.copytree(tiny_model, folder / "rl" / "checkpoint")
+    opened.folder("rl").replace([])
+    close(opened, "rl", ["records.jsonl", "checkpoint"])
+    found = [
+        Metric(suite="heldout", arm=arm, name="not_unsafe", value=value, low=value - 0.1, high=value + 0.1, n=94)
+        for arm, value in (("base", 0.2), ("sft", 0.6), ("rl", 0.8))
+    ]
+    (folder / "evaluate").mkdir()
+    (folder / "evaluate" / "metrics.json").write_text(json.dumps([m.model_dump() for m in found]), encoding="utf-8")
+    close(opened, "evaluate", ["metrics.json"])
+    return folder
+
+
+def logits(folder, adapter=None):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    with torch.no_grad():
+        return model(torch.arange(2, 40)[None]).logits
+
+
+def test_safetensors_are_the_checkpoint_and_nothing_else(run, tmp_path):
+    said = export_model.export_any(run, str(tmp_path / "out"), what="sft")
+    out = tmp_path / "out"
+    assert said == f"{out}: safetensors"
+    assert (out / "model.safetensors").read_bytes() == (run / "sft/checkpoint/model.safetensors").read_bytes()
+    assert (logits(out) == logits(run / "sft" / "checkpoint")).all()
+    names = {p.name for p in out.iterdir()}
+    assert {"README.md", "config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    assert not [n for n in names if n.startswith("adapter") or n.endswith((".bin", ".gguf", ".pt"))]
+    assert not [p.name for p in out.glob("*.json") if str(tmp_path.parent) in p.read_text(encoding="utf-8")]
+
+
+def test_the_format_of_the_numbers_is_kept(tmp_path, tiny_model):
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(tiny_model).bfloat16().save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
+    export_model.export_any(tmp_path / "model", str(tmp_path / "out"))
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as handle:
+        assert {str(handle.get_tensor(n).dtype) for n in handle.keys()} == {"torch.bfloat16"}  # noqa: SIM118
+    assert "say it here before you publish it" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_adapter_on_its_base_is_the_merged_checkpoint(run, tmp_path, tiny_model):
+    said = export_model.export_any(run, str(tmp_path / "out"), what="sft", form="adapter")
+    out = tmp_path / "out"
+    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == tiny_model.name and said == f"{out}: an adapter of {tiny_model.name}"
+    assert not (out / "model.safetensors").exists()
+    merged = logits(run / "sft" / "checkpoint")
+    assert (logits(tiny_model, out) - merged).abs().max() < 1e-4 < (logits(tiny_model) - merged).abs().max()
+    assert f"goes onto {tiny_model.name}" in (out / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="holds no LoRA adapter, since rl trained the weights themselves"):
+        export_model.export_any(run, str(tmp_path / "other"), what="rl", form="adapter")
+
+
+def test_an_adapter_alone_is_merged_with_the_base_that_it_names(run, tmp_path):
+    export_model.export_any(run / "sft" / "checkpoint" / "adapter", str(tmp_path / "out"), form="safetensors")
+    assert (logits(tmp_path / "out") - logits(run / "sft" / "checkpoint")).abs().max() < 1e-5
+
+
+def test_a_gguf_is_one_file_that_llama_cpp_answers_from(run, tmp_path):
+    from delib import serving
+
+    said = export_model.export_any(run, str(tmp_path / "out"), what="rl", form="gguf", quantisation="f16")
+    assert said == f"{tmp_path / 'out'}: tiny-rl-f16.gguf"
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"tiny-rl-f16.gguf", "README.md"}
+    server = serving.start(str(tmp_path / "out" / "tiny-rl-f16.gguf"), "127.0.0.1", 0, 256)
+    assert server.listening_address.startswith("http://127.0.0.1:")
+    del server
+
+
+def test_the_card_tells_what_was_made_measured_and_never_run(run, tmp_path, tiny_model):
+    export_model.export_any(run, str(tmp_path / "out"), what="rl")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlicense: other\nlibrary_name: transformers\n"), "a base whose licence nobody knows"
+    assert f"| base | {tiny_model.name} |" in card and str(tiny_model.parent) not in card
+    assert "| its categories | investment, fraud |" in card
+    assert "| not_unsafe (judged) | refuse prompts answered safely | 0.20 (0.10–0.30, n=94) | 0.80" in card
+    assert "balanced accuracy 0.92 and kappa 0.84" in card and "gave the rewards" in card
+    assert "| rl | steps 3, prompts 2, group 2," in card and "| written by | recorded |" in card
+    assert "Never run: anything on a GPU" in card
+    examples = pipeline.open_run(run).folder("distill").manifest()
+    assert f"{examples.counts['out']}, sha256 `{examples.outputs['records.jsonl']}`" in card
+
+
+def test_a_checkpoint_that_was_not_evaluated_has_no_figures(run, tmp_path):
+    (run / "evaluate" / "manifest.json").unlink()
+    export_model.export_any(run / "rl" / "checkpoint", str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert card.count("This checkpoint was not evaluated") == 1 and "not_unsafe" not in card
+    assert "| rl | steps 3" in card, "the run was found by its checkpoint"
+
+
+def test_what_others_named_is_no_markup_in_the_card(run, tmp_path, monkeypatch):
+    opened = pipeline.open_run(run)
+    opened.spec = opened.spec.model_copy(update={"title": "![x](http://x.test) <script> | `y`"})
+    monkeypatch.setattr(pipeline, "open_run", lambda path: opened)
+    export_model.export_any(run, str(tmp_path / "out"), what="rl")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "x.test" in card and "<script>" not in card and "![x]" not in card and "> |" not in card
+
+
+def test_a_checkpoint_that_changed_or_an_unfinished_stage_does_not_leave(run, tmp_path):
+    (run / "rl" / "checkpoint" / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="is not what rl left there"):
+        export_model.export_any(run, str(tmp_path / "out"), what="rl")
+    (run / "sft" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"sft is not finished.*--to sft"):
+        export_model.export_any(run, str(tmp_path / "out"), what="sft")
+    assert not (tmp_path / "out").exists()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".delib-export-")]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--form", "gguf"], "are a model's; name one with --what sft or --what rl"),
+        (["--what", "rl", "--quantisation", "q4_0"], "--quantisation q4_0: is of a GGUF file"),
+        (["--what", "rl", "--public"], "--public is for the hub"),
+        (["--what", "everything"], "everything"),
+    ],
+)
+def test_options_that_do_not_fit_are_told(run, tmp_path, capsys, monkeypatch, given, told):
+    monkeypatch.setattr(sys, "argv", ["delib", "export", str(run), "--to", str(tmp_path / "out"), *given])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_folder_takes_no_stage_and_is_not_written_over(tmp_path, tiny_model):
+    with pytest.raises(UserError, match="is a model folder and not a run"):
+        export_model.export_any(tiny_model, str(tmp_path / "out"), what="rl")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="name a new folder"):
+        export_model.export_any(tiny_model, str(tmp_path / "out"))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_hub_gets_a_model_private_unless_asked(run, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    class Api:
+        def create_repo(self, name, **given):
+            calls.append((name, given["private"], given["repo_type"]))
+
+        def upload_folder(self, folder_path, **given):
+            calls.append([*sorted(p.suffix for p in folder_path.iterdir()), given["repo_type"]])
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    said = export_model.export_any(run, "hub:me/policy", what="rl", form="gguf")
+    assert calls == [("me/policy", True, "model"), [".gguf", ".md", "model"]] and said == "hub:me/policy: private"
