@@ -13,7 +13,7 @@ from delib.errors import StageError, UserError
 from delib.records import Example, Manifest, Message
 from delib.run import RECORDS, Run
 from delib.stages import sft
-from delib.training import processes
+from delib.training import footprint, processes
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", "--"]
 DELIB = [sys.executable, "-c", "from delib.cli import main; main()"]
@@ -194,7 +194,6 @@ def test_the_estimate_counts_what_a_layer_keeps(tiny_model, tmp_path):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from delib.training import footprint
 
     sizes = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 8, "num_key_value_heads": 4}
     config = LlamaConfig(vocab_size=300, num_hidden_layers=6, **sizes)
@@ -226,9 +225,39 @@ def test_the_estimate_counts_what_a_layer_keeps(tiny_model, tmp_path):
     assert footprint.estimate(recipe.Recipe.model_validate(parted), config)[1:3] == (2 * weights, 4 * weights)
     told = footprint.lines(recipe.Recipe.model_validate(parted | {"model": str(tiny_model)}))
     assert told[0].startswith("Memory of SFT on each of 2 devices, about: weights 0.0")
-    assert "Never run on a GPU" in told[1]
-    assert "FSDP" in told[1]
+    assert told[1].startswith("Memory of RL on the device, about: ")
+    assert "Never run on a GPU" in told[2]
+    assert "FSDP" in told[2]
     assert footprint.lines(recipe.Recipe()) == []
+
+
+QWEN3 = {"Qwen/Qwen3-1.7B": (2048, 6144, 28, 16), "Qwen/Qwen3-4B": (2560, 9728, 36, 32)} | {
+    "Qwen/Qwen3-8B": (4096, 12288, 36, 32)
+}
+"""Width, width of the MLP, layers, heads, as published."""
+MEMORY = {"gpu-24gb": 24, "gpu-80gb": 80, "gpu-8x80gb": 80}
+
+
+def qwen3(width, inner, layers, heads):
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=width < 4096,
+    )
+
+
+def test_rl_of_all_weights_needs_its_optimiser_on_one_device():
+    loaded = recipe.load(recipe.RECIPES / "gpu-8x80gb.yaml", ["rl.lora=null"])
+    found = footprint.estimate(loaded, qwen3(*QWEN3["Qwen/Qwen3-8B"]), "rl")
+    assert sum(found) / 2**30 > 80
+    assert found.optimiser == 2 * found.gradients
 
 
 @pytest.mark.parametrize("name", ["gpu-24gb", "gpu-80gb", "gpu-8x80gb"])
@@ -236,3 +265,7 @@ def test_shipped_gpu_recipes_are_sound(name):
     loaded = recipe.load(recipe.RECIPES / f"{name}.yaml")
     assert pipeline.check(loaded) == []
     assert processes.planned(loaded) == (8 if "8x" in name else 1)
+    config = qwen3(*QWEN3[loaded.model])
+    for stage in ("sft", "rl"):
+        gib = sum(footprint.estimate(loaded, config, stage)) / 2**30
+        assert gib < 0.85 * MEMORY[name], (stage, gib)

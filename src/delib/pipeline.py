@@ -100,6 +100,8 @@ class Pipeline:
         section: Any = getattr(self.recipe, stage).model_dump(exclude={"second_judge", "report_to"})
         if stage in ("filter", "rl"):
             section = [section, self.recipe.judge, self.recipe.filter.max_tokens]
+        if stage == "rl":  # what is cut off is learned from, or not, by evaluate's limit
+            section = [section, self.recipe.rl.max_tokens < self.recipe.evaluate.max_tokens]
         if stage in ("sft", "rl", "evaluate", "generate"):
             section = [section, self.recipe.device, self.recipe.dtype, self.recipe.engine]
         return key_of(section, self.recipe.seed, self.inputs(stage))

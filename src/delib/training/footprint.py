@@ -1,15 +1,19 @@
-"""What SFT will take of each device's memory, before anything is loaded; and which ways of training nobody ran.
+"""What training will take of each device's memory, before anything is loaded; and which ways of it nobody ran.
 
 In: a recipe and its model's config. Out: bytes by purpose, as lines for `delib check`. An estimate: allocators, kernels
 and libraries come on top (a tenth and some hundred megabytes is usual).
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from delib.errors import UserError
 from delib.models import weights
 from delib.recipe import Recipe
 from delib.training import processes
+
+
+PROMPT_TOKENS = 256
+"""How long a prompt of RL's is counted; SFT's rows are as long as `sft.max_tokens`."""
 
 
 class Footprint(NamedTuple):
@@ -21,8 +25,8 @@ class Footprint(NamedTuple):
     activations: float
 
 
-def estimate(recipe: Recipe, config: Any) -> Footprint:
-    """Of SFT with a model of this config (transformers'), rows being as long as they may.
+def estimate(recipe: Recipe, config: Any, stage: Literal["sft", "rl"] = "sft") -> Footprint:
+    """Of a stage with a model of this config (transformers'), rows being as long as they may.
 
     Weights, gradients and optimiser after ZeRO (Rajbhandari et al., arXiv 1910.02054, section 3.1): AdamW keeps two
     moments in float32 for each weight that trains, beside its gradient; here weights that train are float32, and while
@@ -30,12 +34,13 @@ def estimate(recipe: Recipe, config: Any) -> Footprint:
     and gather one layer at a time (counted: two). Activations after Korthikanti et al. (arXiv 2205.05198, section 4.1)
     for today's layers, see `kept_by_a_layer`; with gradient checkpointing the input of each layer and one whole layer
     (their section 5). The head computes in tiles on a GPU (TRL), so that logits are not counted; a CPU keeps those of
-    the positions that are learned, which are counted as half of all.
+    the positions that are learned, which are counted as half of all. RL runs in one process, with all completions of a
+    step at once; while it writes them, keys and values of all layers take the activations' place, where they are more.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    section, text = recipe.sft, config.get_text_config()
+    section, text = recipe.sft if stage == "sft" else recipe.rl, config.get_text_config()
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
         if section.lora is not None:
@@ -45,17 +50,21 @@ def estimate(recipe: Recipe, config: Any) -> Footprint:
     trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stands = sum(p.numel() for p in model.parameters()) - trains
     compute = 2 if recipe.dtype == "bfloat16" else 4
-    count = processes.planned(recipe)
-    share = 1 / count if processes.sharded(recipe) else 1.0
+    count = processes.planned(recipe) if stage == "sft" else 1
+    share = 1 / count if count > 1 and processes.sharded(recipe) else 1.0
     copies = compute * (trains if section.lora is None and compute == 2 else 0)
     gathered = 2 * compute * (trains + stands) / text.num_hidden_layers if share < 1 else 0.0
     held = (4 * trains + (compute if section.lora else 4) * stands + copies) * share + gathered
-    tokens = processes.rows_at_once(recipe, count) * section.max_tokens
+    if stage == "sft":
+        tokens, cached = processes.rows_at_once(recipe, count) * section.max_tokens, 0
+    else:
+        tokens = recipe.rl.prompts * recipe.rl.group * (PROMPT_TOKENS + section.max_tokens)
+        cached = 2 * compute * _kept_heads(text) * text.num_hidden_layers
     layer = kept_by_a_layer(text, compute)
     layers = text.num_hidden_layers - section.frozen_layers
     kept = compute * text.hidden_size * layers + layer if recipe.gradient_checkpointing else layer * layers
     logits = 0.0 if recipe.device == "cuda" else 3 * 4 * text.vocab_size / 2
-    return Footprint(held, 4 * trains * share, 8 * trains * share, tokens * (kept + logits))
+    return Footprint(held, 4 * trains * share, 8 * trains * share, tokens * max(kept + logits, cached))
 
 
 def kept_by_a_layer(text: Any, compute: int) -> float:
@@ -63,10 +72,17 @@ def kept_by_a_layer(text: Any, compute: int) -> float:
     and the output, in float32 (6 h); and in the computing format, of so many bytes: queries, keys, values as they are
     attended with and what comes out, twice, as it is laid anew for the next layer; four of the gated MLP's width.
     Scores are computed again (sdpa, flash attention), and nothing is dropped out."""
-    heads = text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    pairs = getattr(text, "num_key_value_heads", None) or heads
-    return float(24 * text.hidden_size + compute * (3 * heads * size + 2 * pairs * size + 4 * text.intermediate_size))
+    heads = text.num_attention_heads * _head(text)
+    return float(24 * text.hidden_size + compute * (3 * heads + 2 * _kept_heads(text) + 4 * text.intermediate_size))
+
+
+def _head(text: Any) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _kept_heads(text: Any) -> int:
+    """The width of all keys (or values) of a layer."""
+    return (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * _head(text)
 
 
 def lines(recipe: Recipe) -> list[str]:
@@ -77,11 +93,16 @@ def lines(recipe: Recipe) -> list[str]:
     untried = never_run(recipe)
     told = [f"Never run on a GPU by delib's authors: {', '.join(untried)}."] if untried else []
     if found is None:
-        return [f"Memory of SFT: not estimated, since the config of {recipe.model} could not be read here.", *told]
-    made = estimate(recipe, found)
+        return [f"Memory of training: not estimated, since the config of {recipe.model} could not be read here.", *told]
+    return [_line(recipe, found, "sft"), _line(recipe, found, "rl"), *told]
+
+
+def _line(recipe: Recipe, config: Any, stage: Literal["sft", "rl"]) -> str:
+    made = estimate(recipe, config, stage)
     parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in made._asdict().items())
-    where = f"each of {count} devices" if (count := processes.planned(recipe)) > 1 else "the device"
-    return [f"Memory of SFT on {where}, about: {parts}; together {sum(made) / 2**30:.1f} GiB.", *told]
+    count = processes.planned(recipe) if stage == "sft" else 1
+    where = f"each of {count} devices" if count > 1 else "the device"
+    return f"Memory of {stage.upper()} on {where}, about: {parts}; together {sum(made) / 2**30:.1f} GiB."
 
 
 def _config(recipe: Recipe) -> Any:
