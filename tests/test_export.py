@@ -52,6 +52,31 @@ def test_the_card_tells_where_it_comes_from(run, tmp_path):
     assert "state here under which terms" in card
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("openai-api/mock/m", "openai-api/mock/m"),
+        ("vllm/Qwen/Qwen3-8B", "vllm/Qwen/Qwen3-8B"),
+        ("hub:me/prompts:train", "hub:me/prompts:train"),
+        ("compact", "compact"),
+        ("runs/mine/sft/checkpoint", "checkpoint"),
+        ("models/base", "base"),
+        ("~/models/base", "base"),
+        ("../base", "base"),
+        ("/secret/base/", "base"),
+        ("C:\\secret\\base", "base"),
+        ("vllm//secret/base", "vllm/base"),
+    ],
+)
+def test_only_a_hub_id_or_a_called_model_is_named_as_it_is(tmp_path, monkeypatch, name, told):
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
+    assert export.public_name(name, tmp_path / "runs") == told
+    monkeypatch.chdir(tmp_path / "runs")
+    assert export.public_name(name) == told
+
+
 def test_what_others_named_is_no_markup_in_the_card(run, tmp_path):
     policy = run.parent / "spec.md"
     text = policy.read_text(encoding="utf-8")

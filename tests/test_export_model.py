@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -122,7 +123,8 @@ def test_an_adapter_on_its_base_is_the_merged_checkpoint(run, tmp_path, tiny_mod
 
 
 def test_an_adapter_alone_is_merged_with_the_base_that_it_names(run, tmp_path):
-    export_model.export_any(run / "sft" / "checkpoint" / "adapter", str(tmp_path / "out"), form="safetensors")
+    shutil.copytree(run / "sft" / "checkpoint" / "adapter", tmp_path / "alone")
+    export_model.export_any(tmp_path / "alone", str(tmp_path / "out"), form="safetensors")
     assert (logits(tmp_path / "out") - logits(run / "sft" / "checkpoint")).abs().max() < 1e-5
 
 
@@ -157,6 +159,49 @@ def test_a_checkpoint_that_was_not_evaluated_has_no_figures(run, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert card.count("This checkpoint was not evaluated") == 1 and "not_unsafe" not in card
     assert "| rl | steps 3" in card, "the run was found by its checkpoint"
+
+
+@pytest.mark.parametrize("place", ["checkpoint", "checkpoint/adapter", "."])
+def test_a_checkpoint_is_found_from_within_its_run(run, tmp_path, monkeypatch, place):
+    within = run / "sft" / "checkpoint" if place == "." else run / "sft"
+    monkeypatch.chdir(within)
+    said = export_model.export_any(Path(place), str(tmp_path / "out"), form="gguf")
+    assert said.endswith("tiny-sft-q8_0.gguf")
+    assert "| sft | epochs" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_checkpoint_of_no_stage_is_a_model_folder(run, tmp_path):
+    (run / "sft").rename(run / "sft.stale")
+    said = export_model.export_any(run / "sft.stale" / "checkpoint", str(tmp_path / "out"), form="gguf")
+    assert said.endswith("checkpoint-q8_0.gguf")
+    assert "No run stood beside it" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def change(file: Path, **keys) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | keys), encoding="utf-8")
+
+
+def test_no_path_leaves_in_a_json_file_or_the_card(run, tmp_path, monkeypatch):
+    """Relative, absolute and nested ones; what only looks like one stays."""
+    folder = tmp_path / "secret" / "model"
+    shutil.copytree(run / "sft" / "checkpoint", folder)
+    (tmp_path / "secret" / "base").mkdir()
+    change(folder / "adapter" / "adapter_config.json", base_model_name_or_path="secret/runs/mine/sft/checkpoint")
+    change(folder / "adapter" / "adapter_config.json", eva_config={"data": "secret/rows.jsonl/x"}, revision="a/b")
+    change(folder / "config.json", _name_or_path="secret/base", files=["~/secret/x", "silu"], hub="me/model")
+    change(folder / "tokenizer_config.json", vocab_file="./secret/vocab.json", extra={"made": {"by": "/secret/x y"}})
+    change(folder / "tokenizer_config.json", eos_token="/s", extra_special_tokens=["//", "</think>"])
+    monkeypatch.chdir(tmp_path)
+    for form in ("adapter", "safetensors"):
+        export_model.export_any(folder, str(tmp_path / form), form=form)
+        assert not [p.name for p in (tmp_path / form).glob("*.*") if b"secret" in p.read_bytes()]
+    told = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert told["base_model_name_or_path"] == "checkpoint" and told["revision"] == "a/b"
+    assert "goes onto checkpoint, which is not a name on the hub" in (tmp_path / "adapter" / "README.md").read_text()
+    told = json.loads((tmp_path / "safetensors" / "config.json").read_text(encoding="utf-8"))
+    assert told["files"] == ["silu"] and told["hub"] == "me/model" and told["architectures"] == ["LlamaForCausalLM"]
+    told = json.loads((tmp_path / "safetensors" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert told["eos_token"] == "/s" and told["extra_special_tokens"] == ["//", "</think>"]
 
 
 def test_what_others_named_is_no_markup_in_the_card(run, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ A grammar makes a model of random weights write what a trained one would.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -129,9 +130,10 @@ def test_what_can_not_be_served_is_one_clear_error(model, options, told):
         serving.serve(model, **given)
 
 
-def test_a_file_that_is_no_gguf_or_has_no_template_is_told(tmp_path):
+def test_a_file_that_is_no_gguf_or_has_no_template_is_told(tmp_path, monkeypatch):
     from delib.models import gguf_file
 
+    monkeypatch.setenv("DELIB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "no.gguf").write_bytes(b"not a model")
     with pytest.raises(UserError, match="no GGUF file"):
         serving.start(str(tmp_path / "no.gguf"), "127.0.0.1", 0, 256)
@@ -139,6 +141,44 @@ def test_a_file_that_is_no_gguf_or_has_no_template_is_told(tmp_path):
     gguf_file.to_gguf(tmp_path / "m", tmp_path / "m.gguf", "f16")
     with pytest.raises(UserError, match="holds no chat template"):
         serving.start(str(tmp_path / "m.gguf"), "127.0.0.1", 0, 256)
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'm'))}: holds no chat template"):
+        serving.start(str(tmp_path / "m"), "127.0.0.1", 0, 256)
+
+
+@pytest.mark.parametrize("family", ["llama", None])
+def test_a_file_that_tells_no_context_length_is_told_with_all_else(tmp_path, family):
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", family or "llama")
+    if family is None:
+        del writer.kv_data[0]["general.architecture"]
+    writer.add_name("m")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="does not tell its context length") as caught:
+        serving.start(str(tmp_path / "m.gguf"), "127.0.0.1", 0, 256)
+    assert len(caught.value.problems) == 2 and "holds no chat template" in caught.value.problems[0]
+
+
+def test_a_changed_tokenizer_config_or_template_makes_the_cached_file_anew(tmp_path, monkeypatch):
+    import gguf
+
+    from delib.models import embedded
+
+    monkeypatch.setenv("DELIB_CACHE", str(tmp_path / "cache"))
+    tiny.save(tmp_path, "llama", "gpt-2")
+    made = [embedded.gguf_of(tmp_path, "f16")]
+    assert embedded.gguf_of(tmp_path, "f16") == made[0]
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(OWN, encoding="utf-8")
+    made.append(embedded.gguf_of(tmp_path, "f16"))
+    assert gguf.GGUFReader(made[1]).fields["tokenizer.chat_template"].contents() == OWN
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text((tmp_path / name).read_text(encoding="utf-8") + "\n", encoding="utf-8")
+        made.append(embedded.gguf_of(tmp_path, "f16"))
+    assert len(set(made)) == 4
 
 
 def test_on_a_gpu_vllm_is_asked(tmp_path, tiny_model, monkeypatch):

@@ -4,21 +4,24 @@ In: a run whose distill stage is finished. Out: a folder with `data/train.parque
 completion, and what is known of each prompt) and `README.md`, the card; or the same as a data set on the hub.
 """
 
+import re
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 from delib import chat, pipeline
 from delib.errors import UserError
+from delib.models.opened import RUN_HERE, is_hosted
 from delib.progress import say
 from delib.records import Example, Manifest, Prompt, Sample
 from delib.run import disk_error, sha256
 from delib.stages.report import TEMPLATES, markdown_cell
 
 HUB = "hub:"
+HUB_ID = re.compile(r"\w[\w.-]{0,199}/\w[\w.:-]{0,199}", re.ASCII)
 STAGES = ("prompts", "generate", "filter", "distill")
 
 
@@ -121,13 +124,13 @@ def _card(
     return card(
         "card.md",
         recipe=recipe,
-        judge=public_name(recipe.judge),
+        judge=public_name(recipe.judge, opened.run.path),
         spec=opened.spec,
         spec_hash=sha256(opened.spec_path),
         data_hash=data_hash,
         count=len(found),
         shipped=recipe.generate.teacher == "recorded" and all(name.startswith("starter:") for name in own),
-        writers=writers(samples),
+        writers=writers(samples, opened.run.path),
         kinds=Counter((r["category"] or "everyday", r["behaviour"] or "unlabelled") for r in found),
         manifests=manifests,
         drops=drops,
@@ -152,14 +155,29 @@ def card(template: str, **told: Any) -> str:
     return environment.from_string((TEMPLATES / template).read_text(encoding="utf-8")).render(**told)
 
 
-def writers(samples: list[Sample]) -> list[str]:
+def writers(samples: list[Sample], run: Path) -> list[str]:
     """Who wrote the completions that were kept."""
-    return sorted({public_name(s.completion.model) for s in samples if s.completion and s.kept})
+    return sorted({public_name(s.completion.model, run) for s in samples if s.completion and s.kept})
 
 
-def public_name(model: str) -> str:
-    """A local model is told by its folder's name: where it lies is nobody's business."""
-    return Path(model).name if model.startswith(("/", ".")) else model
+def public_name(model: str, beside: Path | None = None) -> str:
+    """A hub id, or the name of what is called elsewhere, as it is; all else is told by its last part: where a folder
+    lies is nobody's business. `beside`: a further folder from which a relative path may have been meant."""
+    if model.startswith(HUB) or is_hub_id(model, beside):
+        return model
+    if is_hosted(model):
+        provider, _, rest = model.partition("/")
+        return f"{provider}/{public_name(rest, beside)}" if provider in RUN_HERE else model
+    return PureWindowsPath(model).name or model  # which parts by both kinds of slash
+
+
+def is_hub_id(name: str, beside: Path | None = None) -> bool:
+    """Whether it reads OWNER/NAME and no such folder lies here, or beside, or in a folder above: a run's paths count
+    from where it was started."""
+    if not HUB_ID.fullmatch(name):
+        return False
+    near = [place.resolve() for place in (Path.cwd(), beside) if place is not None]
+    return not any((above / name).exists() for place in near for above in (place, *place.parents))
 
 
 def _check_name(name: str) -> None:

@@ -6,6 +6,7 @@ Training examples leave by `export.py`.
 """
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,13 @@ Quantisation = Literal["f16", "q8_0", "q4_0"]
 TOKENIZER = ("tokenizer*", "vocab.json", "merges.txt", "*_tokens*.json", "chat_template*")
 MODEL = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+TEXTS = re.compile(
+    r".*_tokens?|added_tokens_decoder|chat_template|response_schema|(target|exclude)_modules|layers_pattern"
+)
+"""Keys of JSON files whose values may look like a path and are none: tokens, templates, patterns of text and of
+layers' names."""
+PLACE = re.compile(r"[/~]|\.{1,2}[/\\]|file:|[A-Za-z]:[/\\]")
+"""How a path begins that can't be anything else."""
 
 
 class Source(NamedTuple):
@@ -90,9 +98,13 @@ def export_model(place: Path, to: str, public: bool, what: str | None, form: For
 
 
 def _source(place: Path, what: str | None) -> Source:
-    """A run's checkpoint, also where its folder was named; its run must be whole up to it."""
-    if is_model(place) and place.name == CHECKPOINT and (place.parents[1] / "recipe.yaml").exists():
-        place, what = place.parents[1], place.parent.name
+    """A run's checkpoint, also where its folder or the adapter in it was named; its run must be whole up to it."""
+    if is_model(place):
+        lies = place.resolve()
+        lies = lies.parent if lies.name == weights.ADAPTER else lies
+        stage = lies.parent.name
+        if lies.name == CHECKPOINT and stage in model_card.BEFORE and (lies.parents[1] / "recipe.yaml").exists():
+            place, what = lies.parents[1], stage
     if what is None:
         return Source(place, place.resolve().name, None, None)
     run = pipeline.open_run(place)
@@ -119,17 +131,14 @@ def _check_adapter(source: Source) -> None:
 
 def _base_of(source: Source, form: Form) -> str:
     """The public name of the model that an adapter goes onto, or that was trained; empty where nobody knows."""
+    if source.run is not None:
+        recipe = source.run.recipe
+        after_sft = form == "adapter" and source.stage == "rl"
+        return f"{recipe.name}-sft" if after_sft else model_card.base_name(recipe.model, source.run.run.path)
     adapter = adapter_of(source.folder)
-    if adapter is not None and (form == "adapter" or source.run is None):
-        return _base_name(source, _read(adapter / ADAPTER[0])["base_model_name_or_path"])
-    return "" if source.run is None else model_card.base_name(source.run.recipe.model)
-
-
-def _base_name(source: Source, path: str) -> str:
-    if source.run is None:
-        return model_card.base_name(path)
-    name = source.run.recipe.name
-    return f"{name}-sft" if path.endswith(f"sft/{CHECKPOINT}") else model_card.base_name(source.run.recipe.model)
+    if adapter is None:
+        return ""
+    return model_card.base_name(_read(adapter / ADAPTER[0])["base_model_name_or_path"], adapter)
 
 
 def _write(source: Source, folder: Path, form: Form, quantisation: Quantisation) -> str:
@@ -172,12 +181,30 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 
 def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy files of these names; of a JSON file's keys those that tell where something lies on this machine stay."""
+    """Copy files of these names; what of a JSON file's values tells where something lies on this machine stays."""
     for file in {f for pattern in patterns for f in source.glob(pattern) if f.is_file()}:
         shutil.copyfile(file, target / file.name)
         if file.name in ("config.json", "tokenizer_config.json", ADAPTER[0]):
-            kept = {k: v for k, v in _read(file).items() if not (isinstance(v, str) and v.startswith("/"))}
-            _dump(target / file.name, kept)
+            _dump(target / file.name, _placeless(_read(file), source))
+
+
+def _placeless(value: Any, source: Path) -> Any:
+    """A JSON value without the paths in it, at any depth. `source`: the folder of its file."""
+    if isinstance(value, dict):
+        return {
+            k: v if TEXTS.fullmatch(k) else _placeless(v, source)
+            for k, v in value.items()
+            if TEXTS.fullmatch(k) or not _is_place(v, source)
+        }
+    if isinstance(value, list):
+        return [_placeless(v, source) for v in value if not _is_place(v, source)]
+    return value
+
+
+def _is_place(value: Any, source: Path) -> bool:
+    if not isinstance(value, str) or "\n" in value or "://" in value.removeprefix("file://"):
+        return False
+    return bool(PLACE.match(value)) or ("/" in value and not export.is_hub_id(value, source))
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ on this machine.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 from delib import export, pipeline
@@ -23,8 +24,9 @@ BEFORE = {"sft": (*export.STAGES, "sft"), "rl": (*export.STAGES, "sft", "rl")}
 """What must be finished for a stage's model, that stage last."""
 
 
-def base_name(model: str) -> str:
-    return KNOWN[model][0] if model in KNOWN else export.public_name(model)
+def base_name(model: str, beside: Path) -> str:
+    """`beside`: the run or folder that names it."""
+    return KNOWN[model][0] if model in KNOWN else export.public_name(model, beside)
 
 
 def render(
@@ -60,8 +62,8 @@ def _of_run(run: pipeline.Pipeline, stage: str, form: str, quantisation: str | N
         "spec": run.spec,
         "spec_hash": sha256(run.spec_path),
         "manifests": manifests,
-        "writers": export.writers(run.run.finished("filter", Sample)),
-        "judge": export.public_name(recipe.judge),
+        "writers": export.writers(run.run.finished("filter", Sample), run.run.path),
+        "judge": export.public_name(recipe.judge, run.run.path),
         "agreed": export.agreed(run),
         "settings": {
             name: settings(getattr(recipe, name).model_dump()) for name in BEFORE[stage][len(export.STAGES) :]

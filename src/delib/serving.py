@@ -78,11 +78,16 @@ def start(model: str, host: str, port: int, context_tokens: int) -> Any:
         fields = gguf.GGUFReader(file).fields
     except ValueError as error:
         raise UserError(f"{file}: no GGUF file ({error}); name another") from None
-    template = fields.get("tokenizer.chat_template")
-    if template is None:
-        raise UserError(f"{file}: holds no chat template, so that nothing can be asked of it; name another")
-    most = int(fields[f"{fields['general.architecture'].contents()}.context_length"].contents())
-    params = embedded.parameters(file, min(context_tokens, most), SLOTS)
+    template, family = fields.get("tokenizer.chat_template"), fields.get("general.architecture")
+    length = fields.get(f"{family.contents()}.context_length") if family is not None else None
+    if template is None or length is None:
+        problems = []
+        if template is None:
+            problems.append(f"{model}: holds no chat template, so that nothing can be asked of it; name another")
+        if length is None:
+            problems.append(f"{model}: does not tell its context length, which llama.cpp must know; name another")
+        raise UserError(problems)
+    params = embedded.parameters(file, min(context_tokens, int(length.contents())), SLOTS)
     params.hostnames, params.port, params.model_alias = [host], port, {name_of(model)}
     params.use_jinja = True
     params.chat_template = gguf_file.parted(str(template.contents()))

@@ -73,9 +73,10 @@ KEPT_GGUF = 4
 
 
 def gguf_of(folder: Path, quantisation: str) -> Path:
-    """The folder's GGUF, made once for its weights and kept in the cache while it is among the newest."""
+    """The folder's GGUF, made once for its files and kept in the cache while it is among the newest. Config, tokenizer
+    and chat template go into it too, so that each file of the folder counts."""
     stamp = "|".join(
-        f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in sorted(folder.glob("*.safetensors"))
+        f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in sorted(folder.iterdir()) if p.is_file()
     )
     key = hashlib.sha256(f"{folder.resolve()}|{stamp}".encode()).hexdigest()[:16]
     target = weights.cache_dir() / "gguf" / f"{key}-{quantisation}.gguf"
