@@ -11,7 +11,7 @@ from delib.recipe import EvaluateSection, RlSection
 from delib.records import Completion, Message, Prompt, Sample, Verdict
 from delib.run import StageFolder
 from delib.stages import rl
-from delib.training.monitor import Graded, Monitor, correlation, repeated_share, speaks_of_grader, spreading
+from delib.training.monitor import WINDOW, Graded, Monitor, correlation, repeated_share, speaks_of_grader, spreading
 
 POLICY = spec.parse(SPEC)
 
@@ -65,6 +65,16 @@ def test_figures_of_a_step():
 )
 def test_reasoning_that_speaks_of_its_grader(text, speaks):
     assert speaks_of_grader(text) is speaks
+
+
+def test_an_alarm_counts_reasonings_and_not_steps():
+    watching = monitor()
+    for step in range(WINDOW):
+        watching.step(step, [graded("Yes.", 0.5)] * 4)
+    for step in range(WINDOW, 2 * WINDOW):
+        spoken = graded("Yes.", 0.5, reasoning="The grader will like this. I comply.")
+        watching.step(step, [spoken, *[graded("Yes.", 0.5)] * 3])
+    assert watching.alarms() == ["who grades it is spoken of in 25% of the last steps' reasonings"]
 
 
 def test_repetition_counts_runs_that_stood_before():

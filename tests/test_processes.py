@@ -159,6 +159,62 @@ def test_what_does_not_fit_together_is_told_before_any_compute(tmp_path, tiny_mo
     assert "ZeRO-3 takes no adapter" in told(zero, device="cuda", sft={"lora": {}})[0]
 
 
+def test_what_the_model_has_not_is_told_where_it_is_at_hand(tmp_path, tiny_model, monkeypatch):
+    import tiny
+    from delib.stages import rl
+
+    tiny.save(tmp_path / "phi", "phi", "gpt-2")
+    tiny.save(tmp_path / "bert", "llama", "bert")
+    tiny.save(tmp_path / "qwen", "qwen2", "qwen2")
+
+    def told(model, **sections):
+        given = recipe.Recipe.model_validate({"model": str(model)} | sections)
+        return rl.problems(given) + processes.problems(given)
+
+    served, unknown = {"rl": {"rollouts": "llamacpp"}}, {"lora": {"targets": ["q_proj", "qq"]}}
+    assert told(tmp_path / "qwen", **served) == []
+    [problem] = told(tmp_path / "phi", **served)
+    assert problem.startswith("rl.rollouts: llamacpp takes models of llama, qwen2, qwen3, and ")
+    assert problem.endswith("phi is phi; set it to transformers")
+    [problem] = told(tmp_path / "bert", **served)
+    assert "can't be told of the tokenizer" in problem
+    found = told(tmp_path / "qwen", sft=unknown, rl=unknown)
+    assert [p.split(" has ")[0] for p in found] == [
+        f"{stage}.lora.targets: no linear layer is called qq; this model" for stage in ("rl", "sft")
+    ]
+    monkeypatch.setenv("DELIB_CACHE", str(tmp_path / "empty"))
+    for name in ("smollm2", "nobody/has-this", str(tmp_path / "none")):
+        assert told(name, **served, sft=unknown) == [], "it is not fetched to find out"
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_gpus_that_are_none_or_too_many_are_told_before_a_model_is_loaded(tmp_path, monkeypatch, stage):
+    import torch
+
+    from delib.run import StageFolder
+    from delib.stages import rl
+
+    given, folder = recipe.Recipe(device="cuda"), StageFolder(tmp_path)
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run():
+        if stage == "sft":
+            sft.run(given, [], tmp_path / "no model", folder)
+        else:
+            rl.run(given, [], None, None, tmp_path / "no model", folder)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="torch sees no GPU here; set device: cpu"):
+        run()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match=r"device: cuda with 4 GPUs.* CUDA_VISIBLE_DEVICES"):
+        run()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    processes.devices(given, stage)
+
+
 def test_only_training_is_run_by_several_processes(run_folder, monkeypatch):
     folder = run_folder("alone", "}")
     monkeypatch.setenv("RANK", "1")
@@ -193,7 +249,6 @@ def test_the_estimate_counts_what_a_layer_keeps(tiny_model, tmp_path):
     """Bytes that torch keeps for the backward pass of a small model, beside the formula."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-
 
     sizes = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 8, "num_key_value_heads": 4}
     config = LlamaConfig(vocab_size=300, num_hidden_layers=6, **sizes)

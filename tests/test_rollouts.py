@@ -240,6 +240,73 @@ def test_cut_off_out_is_zero_for_the_siblings_advantage_too(wide_model, tmp_path
     assert not torch.any(advantages[torch.tensor(cut)])
 
 
+@pytest.fixture(scope="module")
+def two_ends(tmp_path_factory, wide_model):
+    """The wide model with a token `<|endoftext|>` that it writes often, beside the end of turn that it declares."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("ends")
+    tokenizer = AutoTokenizer.from_pretrained(wide_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    model = AutoModelForCausalLM.from_pretrained(wide_model)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        torch.nn.init.normal_(model.get_input_embeddings().weight[-1], std=0.8)
+    model.generation_config.eos_token_id = 1
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_what_the_server_ends_on_is_an_end(two_ends, tmp_path, monkeypatch):
+    """llama.cpp knows `<|endoftext|>` by its text: such a completion was not cut off, is judged, and is learned from;
+    after a kill too, when no server tells it again."""
+    from delib.training import grpo
+
+    seen = []
+    inner = grpo.trainer_class
+
+    def watched(levers):
+        class Watching(inner(levers)):
+            def _generate_and_score_completions(self, inputs):
+                made = super()._generate_and_score_completions(inputs)
+                seen.append(made["completion_mask"].any(1).tolist())
+                return made
+
+        return Watching
+
+    monkeypatch.setattr(grpo, "trainer_class", watched)
+    section = RlSection(steps=1, prompts=2, group=8, max_tokens=24, rollouts="llamacpp")
+    given, folder = recipe.Recipe(rl=section), StageFolder(tmp_path)
+    with pytest.raises(Killed):
+        rl.run(given, prompts_of_rows(), opened(DyingJudge(2)), POLICY, two_ends, folder)
+    rl.run(given, prompts_of_rows(), opened(HashJudge()), POLICY, two_ends, folder)
+    samples = folder.records(Sample)
+    short = [s.completion.usage["completion"] < 24 for s in samples]
+    written = [json.loads(line) for line in (tmp_path / "trainer/rollouts/records.jsonl").read_text().splitlines()]
+    assert sum(row["ids"][-1] == 259 for row in written) > 2, "what the test is about"
+    assert any(not s for s in short)
+    assert [s.completion.finish != "length" for s, ended in zip(samples, short, strict=True) if ended] == [True] * sum(
+        short
+    )
+    assert all("endoftext" not in s.completion.answer for s in samples)
+    assert seen[-1] == short
+
+
+def test_a_server_that_is_gone_stops_the_stage(two_ends, tmp_path, monkeypatch):
+    """Its address answers no more: the stage's own error, with the cause, and no traceback of aiohttp's."""
+    import xllamacpp
+
+    from delib.errors import StageError
+
+    monkeypatch.setattr(xllamacpp, "Server", lambda _: type("Gone", (), {"listening_address": "http://127.0.0.1:9"}))
+    given = recipe.Recipe(rl=RlSection(steps=1, prompts=2, group=2, max_tokens=16, rollouts="llamacpp"))
+    with pytest.raises(StageError, match=r"the embedded server gave no answer.*ConnectorError"):
+        rl.run(given, prompts_of_rows(), opened(HashJudge()), POLICY, two_ends, StageFolder(tmp_path))
+
+
 ONCE = """
 import sys, time
 from pathlib import Path

@@ -1,5 +1,6 @@
 """What SFT learns from, on the tiny tokenizer."""
 
+import json
 import random
 
 import pytest
@@ -201,7 +202,7 @@ def test_the_trainer_shows_the_course_in_its_order(tiny_model, tokenizer, tmp_pa
     assert again.counts == made.counts
     assert again.detail["curve"] == made.detail["curve"]
     short = given.model_copy(update={"sft": given.sft.model_copy(update={"max_tokens": 32})})
-    with pytest.raises(UserError, match="every example is longer"):
+    with pytest.raises(UserError, match="every example to train on is longer"):
         sft.run(short, examples, tiny_model, StageFolder(tmp_path))
 
 
@@ -369,6 +370,73 @@ def test_the_best_of_the_held_out_checkpoints_is_kept(tiny_model, tmp_path):
     assert torch.stack(losses).mean().item() == pytest.approx(measured[kept], rel=1e-4)
     with pytest.raises(ValueError, match="patience needs a held-out loss"):
         SftSection(patience=2)
+
+
+@pytest.mark.parametrize("when", ["in its patience", "at its end"])
+def test_patience_goes_on_after_a_kill(tiny_model, tmp_path, when):
+    """Killed between two measurements that did not lower the loss, or after the last one: the steps, the losses and the
+    model are those of the unbroken run."""
+    section = SftSection(
+        epochs=3, batch_size=4, learning_rate=0.3, checkpoint_steps=2, held_out_share=0.2, patience=2, max_tokens=200
+    )
+    given, examples = recipe.Recipe(sft=section), [*short_examples(40), *short_examples(40)]
+    made = sft.run(given, examples, tiny_model, StageFolder(tmp_path / "whole"))
+    kind, kept = sft.trainer_class(), made.detail["kept_step"]
+    assert made.counts["steps"] == kept + 4
+
+    class Killed(kind):
+        def compute_loss(self, model, *given, **more):
+            if when == "in its patience" and model.training and self.state.global_step == kept + 3:
+                raise KeyboardInterrupt
+            return super().compute_loss(model, *given, **more)
+
+        def _finalize_training(self, *given):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "trainer_class", lambda: Killed)
+        with pytest.raises(KeyboardInterrupt):
+            sft.run(given, examples, tiny_model, StageFolder(tmp_path / "broken"))
+    again = sft.run(given, examples, tiny_model, StageFolder(tmp_path / "broken"))
+    last = kept + (2 if when == "in its patience" else 4)
+    assert again.detail == made.detail | {"resumed_from": f"checkpoint-{last}"}
+    assert (again.counts, again.tokens) == (made.counts, made.tokens)
+    weights = [tmp_path / name / "checkpoint" / "model.safetensors" for name in ("whole", "broken")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_examples_of_one_prompt_cannot_be_held_out(tiny_model, tmp_path):
+    def run(examples, **more):
+        section = SftSection(held_out_share=0.1, **more)
+        sft.run(recipe.Recipe(sft=section), examples, tiny_model, StageFolder(tmp_path))
+
+    with pytest.raises(UserError, match=r"sft\.held_out_share: all examples are of one prompt"):
+        run(short_examples(1) * 3)
+    with pytest.raises(UserError, match=r"sft\.max_tokens 64: every example to train on is longer than that"):
+        run([e.model_copy(update={"answer": "word " * 99}) for e in short_examples(3)], max_tokens=64)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"reasoning_content": ["a", "list"]},
+        {"reasoning": {"effort": "high"}},
+        {"reasoning_content": "<think>\ncount\n</think>"},
+        {"reasoning_content": "count</think>"},
+    ],
+)
+def test_reasoning_that_is_no_text_or_holds_tags_is_no_row(tmp_path, more):
+    import pandas
+
+    from conftest import write_rows
+    from delib.training import mix
+
+    rows = [chat_row("And three?", "Four."), chat_row("And four?", "Five.", **more)]
+    with pytest.raises(UserError, match=r"bad\.jsonl:2: messages: the assistant's"):
+        mix.load(str(write_rows(tmp_path / "bad.jsonl", rows)))
+    pandas.DataFrame({"messages": [json.dumps(r["messages"]) for r in rows]}).to_parquet(tmp_path / "chat.parquet")
+    found, malformed = mix.load(str(tmp_path / "chat.parquet"))
+    assert ([e.answer for e in found], malformed) == (["Four."], 1)
 
 
 def chat_row(question, answer, **more):

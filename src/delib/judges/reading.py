@@ -4,6 +4,7 @@ Nothing here knows a category or clause by name; names and IDs come from the Spe
 """
 
 import re
+from decimal import Decimal
 from typing import NamedTuple
 
 from delib.records import Behaviour, Completion
@@ -21,6 +22,16 @@ _GONE = re.compile(
     r"|\b(?:above|provided|quoted|supplied|attached|aforementioned|given)\s+(?:\w+\s+)?"
     r"(?:polic(?:y|ies)|spec(?:ification)?|excerpt|guidelines?|rules|clauses?)\b"
     r"|\bthe excerpt\b|\bas (?:stated|written|quoted|shown) above\b",
+    re.I,
+)
+
+_NUMBER = re.compile(r"[0-9]+(?:[.,'’/\u00a0\u202f][0-9]+)*")
+"""Digits with all marks that stand between them."""
+_THOUSANDS = re.compile(r"[0-9]{1,3}(?:[,'’\u00a0\u202f][0-9]{3})+(?:\.[0-9]+)?")
+_UNITS = "one|two|three|four|five|six|seven|eight|nine"
+_NUMBER_WORD = re.compile(
+    rf"(?:(?:twen|thir|for|fif|six|seven|eigh|nine)ty(?:[- ](?:{_UNITS}))?|{_UNITS}|ten|eleven|twelve|"
+    "(?:thir|four|fif|six|seven|eigh|nine)teen)",
     re.I,
 )
 
@@ -79,8 +90,39 @@ def conclude(reasoning: str, spec: Spec) -> Conclusion:
 
 
 def is_right(answer: str, expected: list[str]) -> bool:
-    """Whether any of the expected strings stands in the answer as whole words ("7" is not in "17")."""
-    return any(re.search(rf"(?<!\w){re.escape(e)}(?!\w)", answer, re.I) for e in expected)
+    """Whether any of the expected strings stands in the answer as whole words, a number as a whole number: "7" is in
+    "7." and "7.0", and not in "17", "7.5", "-7", "7,000", "7-8" or "7/8"; "seven" not in "twenty-seven"."""
+    return any(_stands(e, answer) for e in expected)
+
+
+def _stands(expected: str, answer: str) -> bool:
+    number = _value(expected.strip().lstrip("-−"))
+    if number is not None:
+        return (-number if expected.strip()[0] in "-−" else number) in _numbers(answer)
+    before, after = "", ""
+    if _NUMBER_WORD.fullmatch(expected):
+        before, after = "(?<!ty[- ])", rf"(?![- ](?:hundred|thousand|million|point|{_UNITS})\b)"
+    return re.search(rf"(?<!\w){before}{re.escape(expected)}(?!\w){after}", answer, re.I) is not None
+
+
+def _numbers(text: str) -> set[Decimal]:
+    """The numbers that stand in a text by themselves: no parts of words, ranges, fractions or dates."""
+    found = set()
+    for match in _NUMBER.finditer(text):
+        before, after = text[max(0, match.start() - 2) : match.start()], text[match.end() : match.end() + 2]
+        value = _value(match.group())
+        joined = re.search(r"(?:\w|[0-9][-−–]|(?<![\w.])\.)$", before) or re.match(r"\w|[-−–][0-9]", after)
+        if value is not None and not joined:
+            # A dash behind a letter is a hyphen ("Apollo-11").
+            found.add(-value if re.search(r"(?<!\w)[-−–]$", before) else value)
+    return found
+
+
+def _value(digits: str) -> Decimal | None:
+    """The value of a number as it is written in English; None where it is none, or can be read in two ways ("7,5")."""
+    if _THOUSANDS.fullmatch(digits):
+        digits = re.sub(r"[^0-9.]", "", digits)
+    return Decimal(digits) if re.fullmatch(r"[0-9]+(?:\.[0-9]+)?", digits) else None
 
 
 def points_at_gone_text(reasoning: str) -> bool:

@@ -24,7 +24,7 @@ from delib.recipe import Recipe
 from delib.records import Manifest, Prompt, Sample
 from delib.run import StageFolder
 from delib.spec import Spec
-from delib.training import grpo, llamacpp, rollouts
+from delib.training import fitting, grpo, llamacpp, processes, rollouts
 from delib.training.monitor import kind_of
 from delib.training.reward import Judge, Reward, Run
 
@@ -56,7 +56,7 @@ def problems(recipe: Recipe) -> list[str]:
         found.append(
             "rl.rollouts: llamacpp takes whole weights, no adapter; set it to transformers, or rl.lora to null"
         )
-    return found
+    return found + fitting.targets(recipe, "rl", section.lora) + fitting.rollouts(recipe)
 
 
 def _counted(record: logging.LogRecord) -> bool:
@@ -97,6 +97,7 @@ def run(
     found = problems(recipe)
     if found:
         raise UserError(found)
+    processes.devices(recipe, "rl")
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(opened()) as judge:
 
         async def awaited(work: Any) -> Any:

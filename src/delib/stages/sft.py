@@ -7,6 +7,7 @@ alone for more prompts than it sees whole examples, and the tokens that decide m
 in beside the plain prompts only where the recipe names some.
 """
 
+import json
 import os
 import random
 import re
@@ -152,6 +153,14 @@ def _opens(tokenizer: Any, example: Example) -> bool:
     return chat.opened(chat.render(tokenizer, example.messages))
 
 
+def stopped_early(checkpoint: Path, patience: int) -> int:
+    """The step of a checkpoint at which patience was at its end, else 0. The trainer does not look at that itself when
+    it goes on after a kill; with a course that ends there it takes no step more."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    counted = state["stateful_callbacks"]["EarlyStoppingCallback"]["attributes"]["early_stopping_patience_counter"]
+    return int(state["global_step"]) if counted >= patience else 0
+
+
 def arguments_of(recipe: Recipe, steps: int, scratch: Path, held_out: bool = False) -> Any:
     """SFTConfig of a recipe. Every process takes its part of each batch, in the course's order."""
     from trl import SFTConfig
@@ -165,6 +174,7 @@ def arguments_of(recipe: Recipe, steps: int, scratch: Path, held_out: bool = Fal
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
+        "restore_callback_states_from_checkpoint": True,  # how often in a row the loss was not lowered
     }
     return SFTConfig(
         output_dir=str(scratch),
@@ -204,14 +214,6 @@ def student(recipe: Recipe, base: Path) -> Any:
     from transformers.utils import is_flash_attn_2_available
 
     section = recipe.sft
-    if recipe.device == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("device: cuda, but torch sees no GPU here; set device: cpu, or mend the driver")
-        if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
-            raise UserError(
-                f"device: cuda with {torch.cuda.device_count()} GPUs needs a process for each: name a config file as "
-                "`accelerate`, or let one be seen with CUDA_VISIBLE_DEVICES"
-            )
     half = recipe.device == "cuda" and recipe.dtype == "bfloat16"  # what flash attention computes in
     fast = half and section.batching == "packed" and is_flash_attn_2_available()
     model = AutoModelForCausalLM.from_pretrained(
@@ -237,6 +239,7 @@ def run(
     from datasets import Dataset
     from transformers import AutoTokenizer, EarlyStoppingCallback
 
+    processes.devices(recipe, "sft")
     section = recipe.sft
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -251,8 +254,10 @@ def run(
     out = [e.prompt_id in aside for e in examples]
     rows = [row for row, fit, held in zip(made, fits, out, strict=True) if fit and not held]
     held = [row for row, fit, held in zip(made, fits, out, strict=True) if fit and held]
+    if aside and all(out):
+        raise UserError("sft.held_out_share: all examples are of one prompt, which is held out; set it to 0")
     if not rows:
-        raise UserError(f"sft.max_tokens {section.max_tokens}: every example is longer than that; raise it")
+        raise UserError(f"sft.max_tokens {section.max_tokens}: every example to train on is longer than that; raise it")
     if aside and not held:
         raise UserError(f"sft.held_out_share {section.held_out_share}: no example short enough is held out; raise it")
     order = random.Random(recipe.seed)
@@ -268,6 +273,12 @@ def run(
     arguments = arguments_of(recipe, steps, scratch, bool(held))
     if arguments.world_size * arguments.gradient_accumulation_steps > 1:
         course = filled(course, section.batch_size, tokenizer, section.batching == "packed")
+    if processes.leads():
+        weights.last_checkpoint(scratch)  # one that was cut off goes, before another process looks
+    processes.wait(recipe)
+    last = weights.last_checkpoint(scratch)
+    if last and section.patience:
+        course = course[: stopped_early(last, section.patience) * section.batch_size or None]
     model = student(recipe, base)
     trainer = trainer_class()(
         model=model,
@@ -278,10 +289,6 @@ def run(
         data_collator=collator(tokenizer, section.batching == "packed"),
         callbacks=[EarlyStoppingCallback(section.patience)] if section.patience else None,
     )
-    if processes.leads():
-        weights.last_checkpoint(scratch)  # one that was cut off goes, before another process looks
-    processes.wait(recipe)
-    last = weights.last_checkpoint(scratch)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if processes.count() > 1 else None
     if processes.leads():

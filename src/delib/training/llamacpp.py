@@ -88,7 +88,11 @@ def by_server(
     seed: int,
 ) -> Callable[[list[str], Any], dict[str, Any]]:
     """A rollout function that starts a server with the weights of the step. `grade(step, place, prompt_id, sent, ids)`,
-    a coroutine, is begun for each completion as it ends, while others are still written."""
+    a coroutine, is begun for each completion as it ends, while others are still written.
+
+    llama.cpp knows more tokens that end a turn than the model declares, by their text (`<|endoftext|>`). What it ends
+    on is an end, as in evaluate: such tokens are added to `ends` and to the trainer's.
+    """
     asked = {
         "n_predict": max_tokens,
         "temperature": temperature,
@@ -112,16 +116,31 @@ def by_server(
                 made = stored[place]
                 if made is None:
                     body = asked | {"prompt": ids, "seed": seed_of(seed, step, place)}
-                    async with session.post(f"{address}/completion", json=body) as reply:
-                        if reply.status != 200:
-                            raise StageError(f"rollouts: {reply.status} {(await reply.text())[:300]}")
-                        data = await reply.json()
+                    try:
+                        async with session.post(f"{address}/completion", json=body) as reply:
+                            if reply.status != 200:
+                                raise StageError(f"rollouts: {reply.status} {(await reply.text())[:300]}")
+                            data = await reply.json()
+                    except aiohttp.ClientError as error:
+                        raise StageError(
+                            f"rollouts: the embedded server gave no answer ({type(error).__name__}: {error}); "
+                            "the same command goes on from here"
+                        ) from error
                     tokens = data["tokens"]
                     logprobs = aligned(tokens, data.get("completion_probabilities", []))
                     # llama.cpp knows one end-of-turn token by the file, the trainer all that the model declares.
                     size = next((n + 1 for n, token in enumerate(tokens) if token in ends), len(tokens))
-                    made = Rollout(step=step, place=place, prompt_id=name, ids=tokens[:size], logprobs=logprobs[:size])
+                    made = Rollout(
+                        step=step,
+                        place=place,
+                        prompt_id=name,
+                        ids=tokens[:size],
+                        logprobs=logprobs[:size],
+                        ended=data["stop_type"] == "eos" and size == len(tokens),
+                    )
                     journal.add(made)
+                if made.ended:
+                    ends.add(made.ids[-1])
                 await grade(step, place, name, sent, made.ids)
                 return made
 
@@ -147,7 +166,9 @@ def by_server(
                 ) from error
             address = server.listening_address
         try:
-            return result(sent, run(write(address, step, rows, stored)))
+            made = run(write(address, step, rows, stored))
+            trainer.eos_token_ids = sorted(ends)
+            return result(sent, made)
         finally:
             del server
 

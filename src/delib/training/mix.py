@@ -44,8 +44,13 @@ def _example(ident: str, data: dict[str, Any]) -> Example:
     if not opening or opening[-1]["role"] != "user" or len(turns) != len(opening) + 1:
         raise ValueError("messages: not a conversation that ends in a user's turn and one of the assistant's")
     turn = turns[-1]
-    parts = chat.split(str(turn.get("content") or turn.get("value") or ""))
-    apart = next((str(place[c]) for place in (turn, data) for c in APART if place.get(c)), None)
+    text = turn.get("content") or turn.get("value") or ""
+    apart = next((place[c] for place in (turn, data) for c in APART if place.get(c)), None)
+    if not isinstance(text, str) or not isinstance(apart, str | None):
+        raise ValueError("messages: the assistant's answer or reasoning is no text")
+    if apart and (chat.OPEN in apart or chat.CLOSE in apart):
+        raise ValueError("messages: the assistant's reasoning has think tags in it")
+    parts = chat.split(text)
     if parts.malformed or not parts.answer or (parts.reasoning and apart):
         raise ValueError("messages: the assistant's turn has no answer, or astray or doubled reasoning")
     return Example(

@@ -132,7 +132,7 @@ class Monitor:
                 f"(correlation {paid['word_reward']:.2f} up to step {paid['step']})"
             )
         if last.get("speaks_of_grader", 0.0) - first.get("speaks_of_grader", 0.0) >= TALKS:
-            told.append(f"the reasoning speaks of who grades it in {last['speaks_of_grader']:.0%} of the last steps")
+            told.append(f"who grades it is spoken of in {last['speaks_of_grader']:.0%} of the last steps' reasonings")
         for kind in ("comply", "plain"):
             name = f"refusals/{kind}"
             if last.get(name, 0.0) - first.get(name, 0.0) >= REFUSES:

@@ -17,6 +17,7 @@ import yaml
 from delib.errors import StageError, UserError
 from delib.recipe import Recipe
 from delib.spec import read_text
+from delib.training import fitting
 
 LAUNCHED = "DELIB_LAUNCHED"
 """Set for what `launch` starts: a launcher that starts one process sets no rank."""
@@ -97,6 +98,24 @@ def planned(recipe: Recipe) -> int:
     return count() if launched() else int(config(recipe).get("num_processes", 1))
 
 
+def devices(recipe: Recipe, stage: str) -> None:
+    """Raises UserError where the GPUs in sight are none, or more than the processes that train."""
+    if recipe.device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("device: cuda, but torch sees no GPU here; set device: cpu, or mend the driver")
+    seen = torch.cuda.device_count()
+    if seen > 1 and "LOCAL_RANK" not in os.environ:
+        if stage == "rl":
+            raise UserError(f"device: cuda with {seen} GPUs, and rl runs in one process; set CUDA_VISIBLE_DEVICES=0")
+        raise UserError(
+            f"device: cuda with {seen} GPUs needs a process for each: name a config file as `accelerate`, or let one "
+            "be seen with CUDA_VISIBLE_DEVICES"
+        )
+
+
 def rows_at_once(recipe: Recipe, processes: int) -> int:
     """Examples that each process takes at once. Raises UserError where they do not add up to the batch."""
     size = recipe.sft.batch_size
@@ -115,13 +134,13 @@ def rows_at_once(recipe: Recipe, processes: int) -> int:
 
 
 def problems(recipe: Recipe) -> list[str]:
-    """What of `accelerate`, `device` and batch sizes does not fit together."""
+    """What of `accelerate`, `device`, batch sizes and adapter does not fit together."""
+    told = fitting.targets(recipe, "sft", recipe.sft.lora)
     try:
         found = config(recipe)
         rows_at_once(recipe, planned(recipe))
     except UserError as error:
-        return error.problems
-    told = []
+        return told + error.problems
     kind = str(found.get("distributed_type", "NO"))
     if kind in ("FSDP", "DEEPSPEED") and recipe.device == "cpu":
         told.append(f"accelerate: {kind} needs GPUs; set device: cuda, or take a config file for the CPU")

@@ -18,7 +18,8 @@ JOURNAL = "rollouts"
 
 class Rollout(Record):
     """One completion as it was sampled. `rng`: the sampler's state after its generation, with the last one of a step
-    that the trainer's own model wrote, so that a replayed step leaves the same draws to the next."""
+    that the trainer's own model wrote, so that a replayed step leaves the same draws to the next. `ended`: a server
+    stopped at the last token because it ends the turn."""
 
     step: int
     place: int
@@ -26,6 +27,7 @@ class Rollout(Record):
     ids: list[int]
     logprobs: list[float | None] | None = None
     rng: str | None = None
+    ended: bool = False
 
     @property
     def key(self) -> str:

@@ -1,0 +1,86 @@
+"""What of a recipe does not fit its model, as far as the model is at hand: it is never fetched to find that out.
+
+In: a recipe. Out: problems, told before any compute; none where the model's config is not here yet, since the stage
+then tells the same.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from delib.errors import UserError
+from delib.models import gguf_file, weights
+from delib.recipe import LoraSection, Recipe
+
+
+def folder_at_hand(name: str) -> Path | None:
+    """The local folder with a model's config, or None: a folder, what was pulled, or the hub's cache."""
+    if name == weights.SMOLLM2:
+        folder = weights.cache_dir() / "smollm2-135m-instruct"
+    elif Path(name).is_dir() or Path(name).is_absolute():
+        folder = Path(name)
+    else:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            found = try_to_load_from_cache(name, "config.json")
+        except HFValidationError:
+            return None
+        if not isinstance(found, str):
+            return None
+        folder = Path(found).parent
+    return folder if (folder / "config.json").exists() else None
+
+
+def _config(recipe: Recipe) -> Any:
+    folder = folder_at_hand(recipe.model)
+    if folder is None:
+        return None
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError):  # of a kind that this transformers does not know
+        return None
+
+
+def targets(recipe: Recipe, stage: str, lora: LoraSection | None) -> list[str]:
+    """Layers that an adapter names and the model does not have, seen on a model without weights."""
+    if lora is None or lora.targets is None or (config := _config(recipe)) is None:
+        return []
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            weights.adapted(AutoModelForCausalLM.from_config(config), lora)
+    except UserError as error:
+        return [f"{stage}.{problem}" for problem in error.problems]
+    except ValueError:  # no causal language model
+        return []
+    return []
+
+
+def rollouts(recipe: Recipe) -> list[str]:
+    """Whether llama.cpp can write the rollouts: what a GGUF file is not made of."""
+    if recipe.rl.rollouts != "llamacpp" or (config := _config(recipe)) is None:
+        return []
+    if config.model_type not in gguf_file.FAMILIES:
+        return [
+            f"rl.rollouts: llamacpp takes models of {', '.join(gguf_file.FAMILIES)}, and {recipe.model} is "
+            f"{config.model_type}; set it to transformers"
+        ]
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder_at_hand(recipe.model), local_files_only=True)
+    except (OSError, ValueError):  # its files are not all here
+        return []
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and gguf_file.pre_tokenizer(json.loads(backend.to_str())) is not None:
+        return []
+    return [
+        f"rl.rollouts: llamacpp can't be told of the tokenizer of {recipe.model}, which is no byte-level BPE that "
+        "splits text as GPT-2, SmolLM2, Llama 3 or Qwen2 do; set it to transformers"
+    ]
