@@ -14,7 +14,7 @@ FLOORS = [
     | {"evals.suites"},
     {"pipeline"},
     {"talk", "compare", "export", "plan", "measure"},
-    {"export_model", "model_card", "serving"},
+    {"export_model", "model_card", "pareto", "serving", "tables"},
     {"cli"},
 ]
 HEAVY = {

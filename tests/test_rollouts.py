@@ -297,11 +297,10 @@ def test_what_the_server_ends_on_is_an_end(two_ends, tmp_path, monkeypatch):
 
 def test_a_server_that_is_gone_stops_the_stage(two_ends, tmp_path, monkeypatch):
     """Its address answers no more: the stage's own error, with the cause, and no traceback of aiohttp's."""
-    import xllamacpp
-
     from delib.errors import StageError
+    from delib.models import embedded
 
-    monkeypatch.setattr(xllamacpp, "Server", lambda _: type("Gone", (), {"listening_address": "http://127.0.0.1:9"}))
+    monkeypatch.setattr(embedded, "started", lambda _: type("Gone", (), {"listening_address": "http://127.0.0.1:9"}))
     given = recipe.Recipe(rl=RlSection(steps=1, prompts=2, group=2, max_tokens=16, rollouts="llamacpp"))
     with pytest.raises(StageError, match=r"the embedded server gave no answer.*ConnectorError"):
         rl.run(given, prompts_of_rows(), opened(HashJudge()), POLICY, two_ends, StageFolder(tmp_path))

@@ -381,7 +381,7 @@ def test_the_provider_refuses_what_it_can_not_do(checkpoint):
     [
         ([], "either --suite NAME or --prompts FILE"),
         (["--suite", "xstest", "--prompts", "x"], "either --suite NAME or --prompts FILE"),
-        (["--prompts", "x", "--judge", "probe"], "--judge and -T are a suite's"),
+        (["--prompts", "x", "--judge", "probe"], "--judge, -T and --budgets are a suite's"),
         (["--suite", "songs"], "no such suite; one of challenging_refusal"),
         (["--suite", "bbq", "-T", "speed=1"], "bbq has no such option; it has data, max_tokens, solver"),
         (["--suite", "policy"], "needs -T prompts="),

@@ -152,6 +152,9 @@ def eval_(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N prompts.")] = None,
     option: Annotated[list[str], typer.Option("-T", help="A suite's own option, such as -T data=FILE.")] = [],  # noqa: B006
     log_dir: Annotated[Path, typer.Option("--log-dir", help="Where a suite's .eval log goes.")] = Path("logs"),
+    budgets: Annotated[
+        str | None, typer.Option("--budgets", help="A suite at several lengths of completion, such as 64,128,256.")
+    ] = None,
 ) -> None:
     """Measure any model, by a suite or on prompts of your own, rendered and graded as in the evaluate stage."""
     from delib import recipe as recipes
@@ -162,10 +165,16 @@ def eval_(
         from delib import measure
 
         options = measure.options_of([*option, *([f"judge={judge}"] if judge else [])])
+        if budgets is not None:
+            lengths = measure.budgets_of(budgets)
+            typer.echo(measure.sweep(suite, model, options, lengths, log_dir, limit, json_out), nl=False)
+            return
         typer.echo(measure.suite(suite, model, options, log_dir, limit, json_out), nl=False)
         return
-    if judge is not None or option:
-        raise UserError("eval: --judge and -T are a suite's; with --prompts the model's recipe names the judge")
+    if judge is not None or option or budgets is not None:
+        raise UserError(
+            "eval: --judge, -T and --budgets are a suite's; --prompts takes the judge of the model's recipe"
+        )
     from delib import talk
 
     typer.echo(talk.evaluate_file(model, recipes.path_of(prompts or ""), json_out, limit), nl=False)
@@ -173,13 +182,50 @@ def eval_(
 
 @app.command()
 def compare(
-    first: Annotated[str, typer.Argument(help="RUN:ARM, or a JSON file that 'delib eval' wrote.")],
-    second: Annotated[str, typer.Argument(help="The same, of the other model.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="RUN:ARM, an .eval log of a suite, or a JSON file that 'delib eval' wrote, each of a model."
+        ),
+    ],
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw robustness against over-refusal, as .svg or .png.")
+    ] = None,
+    changed: Annotated[int, typer.Option("--changed", min=0, help="Show N prompts that changed sides.")] = 0,
 ) -> None:
-    """Compare two models on the same prompts: each figure with the paired difference and its interval."""
+    """Compare models on the same prompts, each with the first: paired differences of each figure, with intervals."""
     from delib import compare as comparing
 
-    typer.echo(comparing.table(first, second), nl=False)
+    if len(sources) < 2:
+        raise UserError(f"compare: {sources[0]} alone; name at least two models' figures")
+    models = [comparing.read(source) for source in sources]
+    typer.echo(comparing.table(sources, models), nl=False)
+    if changed:
+        typer.echo(comparing.changed(sources, models, changed), nl=False)
+    if plot is not None:
+        from delib import pareto
+
+        typer.echo(pareto.draw(sources, models, plot), nl=False)
+
+
+@app.command()
+def tables(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="A run folder, and .eval logs or JSON files of suites, such as sft=FILE for a run's column."
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="Write the markdown here.")] = None,
+) -> None:
+    """Lay out the paper's tables: these models with their intervals, beside the paper's figures."""
+    from delib import tables as laying
+
+    folders = [Path(source) for source in sources if Path(source).is_dir()]
+    if len(folders) > 1:
+        raise UserError(f"tables: {', '.join(map(str, folders))}; one run at a time")
+    files = [source for source in sources if not Path(source).is_dir()]
+    typer.echo(laying.write(folders[0] if folders else None, files, out), nl=False)
 
 
 @app.command()

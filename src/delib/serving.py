@@ -93,7 +93,7 @@ def start(model: str, host: str, port: int, context_tokens: int) -> Any:
     params.chat_template = gguf_file.parted(str(template.contents()))
     params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_DEEPSEEK
     try:
-        return xllamacpp.Server(params)
+        return embedded.started(params)
     except RuntimeError as error:
         raise UserError(f"{model}: llama.cpp does not take it, or has no room for it ({error})") from error
 

@@ -1,11 +1,14 @@
 """Figures with their uncertainty: bootstrap intervals and agreement between labellers. Numpy in, floats out."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 RESAMPLES = 1000
 """Bootstrap resamples, as in the paper (arXiv 2412.16339, evaluations in distribution)."""
+SEEN = 1.959964 + 0.841621
+"""Quantiles of the normal distribution: two-sided 5 %, and 80 % power."""
 
 
 def bootstrap(
@@ -70,6 +73,64 @@ def differ(first: Sequence[float], second: Sequence[float]) -> float:
     up = sum(b > a for a, b in zip(first, second, strict=True))
     down = sum(b < a for a, b in zip(first, second, strict=True))
     return float(binomtest(up, up + down).pvalue) if up + down else 1.0
+
+
+def standard_error(values: Sequence[float], groups: Sequence[str] | None = None) -> float | None:
+    """Of the mean of `values`, by the normal approximation; values of one group are one cluster (CR1).
+
+    None where a single prompt or group leaves no spread to see.
+    """
+    data = np.asarray(values, dtype=float)
+    number = np.arange(len(data)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    sums = np.bincount(number, weights=data - data.mean())
+    if len(sums) < 2:
+        return None
+    return float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)) / len(data))
+
+
+def p_value(first: Sequence[float], second: Sequence[float], groups: Sequence[str] | None = None) -> float:
+    """Two-sided p of a paired difference of zero: normal, by the standard error with its groups. For values of 0 and 1
+    never below the exact sign test's, which few pairs need; where there is no spread to see it is that test's."""
+    change = [b - a for a, b in zip(first, second, strict=True)]
+    exact = differ(first, second)
+    error = standard_error(change, groups)
+    if not error:
+        return exact
+    normal = math.erfc(abs(sum(change) / len(change)) / error / math.sqrt(2))
+    return max(normal, exact) if set(first) | set(second) <= {0.0, 1.0} else normal
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment (Scand. J. Statist. 6, 1979): p values that stand for the whole family at once."""
+    found, least = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
+        found[place] = least
+    return found
+
+
+def detectable(
+    first: Sequence[float], second: Sequence[float], groups: Sequence[str] | None = None, *, pairs: bool = True
+) -> float | None:
+    """The smallest difference of means that a study of this size would call one in 80 % of its repetitions, two-sided
+    at 5 %: (1.96 + 0.84) standard errors of the difference, paired or not (E. Miller, Adding Error Bars to Evals, arXiv
+    2411.00640, section 5, solved for the difference).
+
+    `first` and `second` are values of the same prompts in the same order; `pairs=False` tells what as many other
+    prompts for the second would have shown. For values of 0 and 1 a difference d takes at least a share d of pairs that
+    differ, and its variance is then at least d; so it is never told below (1.96 + 0.84)² / n, n being the groups, which
+    matters where hardly any pair differs. None where there is nothing to tell it from.
+    """
+    if pairs:
+        error = standard_error([b - a for a, b in zip(first, second, strict=True)], groups)
+    else:
+        both = [standard_error(side, groups) for side in (first, second)]
+        error = None if None in both else math.hypot(*(e for e in both if e is not None))
+    if error is None:
+        return None
+    shares = set(first) | set(second) <= {0.0, 1.0}
+    least = SEEN**2 / (len(first) if groups is None else len(set(groups))) if shares else 0.0
+    return max(SEEN * error, least)
 
 
 def kappa(first: Sequence[str], second: Sequence[str]) -> float:

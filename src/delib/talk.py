@@ -15,7 +15,7 @@ from delib import recipe as recipes
 from delib import sources
 from delib import spec as specs
 from delib.errors import UserError
-from delib.evals.scoring import metrics, values
+from delib.evals.scoring import HEADLINE, metrics, values
 from delib.judges import agreement
 from delib.judges.prompted import PromptedJudge
 from delib.models import opened, weights
@@ -91,6 +91,7 @@ def evaluate_file(model: str, prompts: Path, out: Path | None, limit: int | None
     found = metrics(graded, spec, model, prompts.stem)
     if out is not None:
         data = {
+            "about": {"model": model, "data": prompts.name, "judge": recipe.judge},
             "metrics": [m.model_dump() for m in found],
             "rows": [
                 {
@@ -100,6 +101,7 @@ def evaluate_file(model: str, prompts: Path, out: Path | None, limit: int | None
                     "finish": s.completion.finish if s.completion else None,
                     "verdict": s.verdicts[0].model_dump() if s.verdicts else None,
                     "prompt": prompts_stage.content_id(s.prompt),
+                    "messages": [m.model_dump() for m in s.prompt.messages],
                     "source": s.prompt.source,
                     "group": s.prompt.group or s.prompt.id,
                     "figures": values(s, spec),
@@ -109,23 +111,29 @@ def evaluate_file(model: str, prompts: Path, out: Path | None, limit: int | None
         }
         write_whole(out, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
     shutil.rmtree(work.path)
-    return table([m for m in found if m.by is None])
+    by_category = [m for m in found if m.by and "category" in m.by and m.name in HEADLINE]
+    several = len({m.by["category"] for m in by_category if m.by}) > 1
+    return table([m for m in found if m.by is None] + (by_category if several else []))
 
 
 def table(found: list[Metric]) -> str:
-    """Figures as lines: name, value with interval, n. A figure of nothing is not printed as a number."""
+    """Figures as lines: name, what part it is of, value with interval, n. A figure of nothing is not printed as a
+    number."""
     lines = []
-    width = max([32, *(len(metric.name) for metric in found)])
-    for metric in found:
-        if metric.value is None or metric.low is None or metric.high is None:
-            shown = "ungraded"
-        elif metric.name == "tokens":
-            shown = f"{metric.value:.0f} [{metric.low:.0f}, {metric.high:.0f}]"
-        else:
-            shown = f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]"
+    names = [f"{m.name} ({', '.join(m.by.values())})" if m.by else m.name for m in found]
+    width = max([32, *map(len, names)])
+    for name, metric in zip(names, found, strict=True):
         extra = f", {metric.n_ungraded} ungraded" if metric.n_ungraded else ""
-        lines.append(f"{metric.name:{width}} {shown:24} n={metric.n}{extra}")
+        lines.append(f"{name:{width}} {shown(metric):24} n={metric.n}{extra}")
     return "\n".join(lines) + "\n"
+
+
+def shown(metric: Metric) -> str:
+    """A figure's value with its interval."""
+    if metric.value is None or metric.low is None or metric.high is None:
+        return "ungraded"
+    digits = 0 if metric.name == "tokens" else 3
+    return f"{metric.value:.{digits}f} [{metric.low:.{digits}f}, {metric.high:.{digits}f}]"
 
 
 def judge_check(judge: str, data: Path, as_json: bool) -> str:

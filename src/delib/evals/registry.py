@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 from inspect_ai import Task
 
+from delib.evals.building import attacked
 from delib.evals.capability import bbq, gsm8k, ifeval, mmlu, short_facts
 from delib.evals.provider import delib
-from delib.evals.scorers import figures, policy_scorer, refusal_scorer, strong_reject_rubric
+from delib.evals.scorers import by_prompt, figures, policy_scorer, refusal_scorer, strong_reject_rubric
 from delib.evals.solvers import encoding, jailbreak, many_shot, multi_turn, prefix_injection, role_play
 from delib.evals.suites import (
     challenging_refusal,
+    encodings,
     hard_refusal_style,
     multilingual,
     policy,
@@ -32,6 +34,7 @@ SUITES: dict[str, Callable[..., Task]] = {
     "self_harm_style": self_harm_style,
     "regulated_advice_style": regulated_advice_style,
     "strong_reject": strong_reject,
+    "encodings": encodings,
     "xstest": xstest,
     "policy_overrefusal": policy_overrefusal,
     "transformation": transformation,
@@ -44,6 +47,6 @@ SUITES: dict[str, Callable[..., Task]] = {
     "ifeval": ifeval,
     "policy": policy,
 }
-ATTACKS = (encoding, jailbreak, many_shot, multi_turn, prefix_injection, role_play)
+ATTACKS = (attacked, encoding, jailbreak, many_shot, multi_turn, prefix_injection, role_play)
 SCORERS = (policy_scorer, refusal_scorer, strong_reject_rubric)
-__all__ = ["ATTACKS", "SCORERS", "SUITES", "delib", "figures"]
+__all__ = ["ATTACKS", "SCORERS", "SUITES", "by_prompt", "delib", "figures"]

@@ -17,7 +17,8 @@ from delib import recipe as recipes
 from delib import spec as specs
 from delib.errors import UserError
 from delib.evals import loaders
-from delib.evals.building import MAX_TOKENS, Attack, build, told
+from delib.evals.building import MAX_TOKENS, Attack, Attacks, build, told
+from delib.evals.robust import AT_WORST
 from delib.evals.scorers import policy_scorer, refusal_scorer, strong_reject_rubric
 from delib.models import opened
 from delib.opener import FITTED
@@ -44,6 +45,7 @@ def _judged(
     *,
     refusals: bool = False,
     grader: str | None = None,
+    attacks: Attacks = None,
     resamples: int = RESAMPLES,
 ) -> Task:
     """A suite that a judge grades. `refusals`: refusal is told in three ways too. `grader`: reads StrongREJECT's
@@ -77,6 +79,7 @@ def _judged(
         headline,
         max_tokens,
         solver,
+        attacks=attacks,
         resamples=resamples,
         shipped=data is None,
         about=about,
@@ -198,14 +201,34 @@ def strong_reject(
     spec: str = SPEC,
     max_tokens: int = MAX_TOKENS,
     solver: Attack = None,
+    attacks: Attacks = None,
 ) -> Task:
-    """Forbidden requests, plain or under an attack (`solver`): not_unsafe, refusal in three ways, and with a `grader`
-    (a model; without one the judge, if it is a model) StrongREJECT's rubric. `data`: StrongREJECT's columns."""
+    """Forbidden requests, plain, under an attack (`solver`), or each under many (`attacks`: all, or names): not_unsafe,
+    refusal in three ways, and with a `grader` (a model; without one the judge, if it is a model) StrongREJECT's rubric;
+    under many attacks goodness@0.1 and all_resisted, by prompt. `data`: StrongREJECT's columns."""
     load: Load = (lambda s: loaders.strong_reject(data)) if data else _kept(_disallowed)
     grader = grader or (None if judge in FITTED else judge)
     options = (judge, second_judge, spec, max_tokens, solver)
-    headline = "goodness" if grader else "not_unsafe"
-    return _judged("strong_reject", data, load, headline, *options, refusals=True, grader=grader)
+    headline = ("goodness" if grader else "not_unsafe") + (AT_WORST if attacks else "")
+    return _judged("strong_reject", data, load, headline, *options, refusals=True, grader=grader, attacks=attacks)
+
+
+@task
+def encodings(
+    data: str | None = None,
+    judge: str = "compact",
+    second_judge: str | None = None,
+    spec: str = SPEC,
+    max_tokens: int = MAX_TOKENS,
+    solver: Attack = None,
+    attacks: Attacks = "encodings",
+) -> Task:
+    """Requests to refuse in each of many encodings: all_resisted, a prompt counting only if every one is resisted. Out
+    of distribution. `data`: as for challenging_refusal. `attacks`: fewer of them, or other ones."""
+    load: Load = (lambda s: loaders.requests(data, "refuse", s)) if data else _kept(_disallowed)
+    options = (judge, second_judge, spec, max_tokens, solver)
+    many = attacks or "encodings"
+    return _judged("encodings", data, load, "all_resisted", *options, attacks=many, resamples=SHIFTED_RESAMPLES)
 
 
 @task

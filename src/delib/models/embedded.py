@@ -107,6 +107,20 @@ def parameters(file: Path, context_tokens: int, slots: int) -> Any:
     return params
 
 
+def started(params: Any) -> Any:
+    """A server that has begun to work: one that is ended before it has never ends (seen with xllamacpp 2026.10). Raises
+    RuntimeError for a file that llama.cpp does not take."""
+    import urllib.request
+
+    import xllamacpp
+
+    server = xllamacpp.Server(params)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(f"{server.listening_address}/slots", timeout=600) as reply:  # its working loop answers this
+        reply.read()
+    return server
+
+
 @asynccontextmanager
 async def serve(folder: Path, *, name: str, quantisation: str, context_tokens: int) -> AsyncIterator[EmbeddedModel]:
     """Start a server for a model folder and stop it at the end.
@@ -114,12 +128,11 @@ async def serve(folder: Path, *, name: str, quantisation: str, context_tokens: i
     `context_tokens`: room for prompt and completion of one request, in tokens; never more than the model was made for.
     """
     import aiohttp
-    import xllamacpp
     from transformers import AutoTokenizer
 
     most = int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
     params = parameters(gguf_of(folder, quantisation), min(context_tokens, most), SLOTS)
-    server = await asyncio.to_thread(xllamacpp.Server, params)
+    server = await asyncio.to_thread(started, params)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     identity = f"{await asyncio.to_thread(sha256, folder)} {quantisation}"
     timeout = aiohttp.ClientTimeout(total=None, sock_read=1800)
@@ -137,12 +150,11 @@ async def serve_gguf(file: Path, *, context_tokens: int, slots: int, seconds: fl
     `context_tokens`: room for each of the `slots` requests at once, in tokens. Raises UserError for a file that
     llama.cpp does not take.
     """
-    import xllamacpp
 
     params = parameters(file, context_tokens, slots)
     params.use_jinja = True
     try:
-        server = await asyncio.to_thread(xllamacpp.Server, params)
+        server = await asyncio.to_thread(started, params)
     except RuntimeError as error:
         raise UserError(f"{file}: llama.cpp does not take this file, or has no room for it ({error})") from error
     identity = await asyncio.to_thread(sha256, file)

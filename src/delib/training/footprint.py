@@ -11,7 +11,6 @@ from delib.models import weights
 from delib.recipe import Recipe
 from delib.training import processes
 
-
 PROMPT_TOKENS = 256
 """How long a prompt of RL's is counted; SFT's rows are as long as `sft.max_tokens`."""
 
@@ -77,12 +76,12 @@ def kept_by_a_layer(text: Any, compute: int) -> float:
 
 
 def _head(text: Any) -> int:
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def _kept_heads(text: Any) -> int:
     """The width of all keys (or values) of a layer."""
-    return (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * _head(text)
+    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * _head(text)
 
 
 def lines(recipe: Recipe) -> list[str]:

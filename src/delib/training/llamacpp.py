@@ -147,8 +147,6 @@ def by_server(
             return await together(*(one(*row) for row in rows))
 
     def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        import xllamacpp
-
         step = trainer.state.global_step
         names, sent = ids_of(step), encoded(tokenizer, prompts)
         stored = journal.of(step, names)
@@ -158,7 +156,7 @@ def by_server(
             file.follow(trainer.accelerator.unwrap_model(trainer.model))
             slots = min(embedded.SLOTS, len(prompts))
             try:
-                server = xllamacpp.Server(embedded.parameters(file.target, context_tokens, slots))
+                server = embedded.started(embedded.parameters(file.target, context_tokens, slots))
             except RuntimeError as error:
                 raise UserError(
                     f"rl.rollouts: llama.cpp does not take this model, or has no room for it ({error}); "
