@@ -2,6 +2,7 @@
 
     python benchmarks/training.py --stage sft [--repeats 3] [--rows 64] [--batch 8] [--model smollm2] [--json FILE]
     python benchmarks/training.py --stage sft --curve [--lengths 256,1024,4096] [--batches 1,4]
+    python benchmarks/training.py --stage rl ...            (benchmarks/training_rl.py tells how)
 
 Every variant trains the same rows (shipped prompts with their good demonstrations) in float32 with the same batch size
 and all weights, `--repeats` times in turn, each in a process of its own; the first optimiser step warms up and does
@@ -220,8 +221,15 @@ def numbers(text: str) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stage", choices=["sft"], default="sft")
+    stages = argparse.ArgumentParser(add_help=False)
+    stages.add_argument("--stage", choices=["sft", "rl"], default="sft")
+    chosen, words = stages.parse_known_args()
+    if chosen.stage == "rl":
+        import training_rl
+
+        training_rl.main(words)
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[stages])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)

@@ -181,15 +181,6 @@ def test_with_exact_levers_on_losses_and_gradients_are_trls(plain, recorded, tin
     assert sum(passes) < 0.75 * seen, "fewer tokens than the batches have, even without their padding"
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"])
-def test_every_loss_type_has_its_own_denominator(recorded, tiny_model, tmp_path, loss_type):
-    from trl import GRPOTrainer
-
-    expected = trained(GRPOTrainer, recorded, tiny_model, tmp_path / "a", steps=4, loss_type=loss_type)
-    found = trained(trainer_class(EXACT), recorded, tiny_model, tmp_path / "b", steps=4, loss_type=loss_type)
-    close(found, expected)
-
-
 def test_micro_batches_have_the_denominator_of_their_generation(recorded, tiny_model, tmp_path):
     from trl import GRPOTrainer
 
@@ -221,8 +212,7 @@ def test_a_planted_mistake_of_one_token_is_seen(plain, recorded, tiny_model, tmp
         close(found, (plain[0][:3], plain[1][:3]))
 
 
-@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
-def test_other_rollouts_are_weighted_as_trl_weights_vllms(recorded, tiny_model, tmp_path, mode):
+def test_other_rollouts_are_weighted_as_trl_weights_vllms(recorded, tiny_model, tmp_path):
     """TRL's own path for vLLM, with a vLLM that only has to sync, against ours."""
     from trl import GRPOTrainer
 
@@ -233,7 +223,7 @@ def test_other_rollouts_are_weighted_as_trl_weights_vllms(recorded, tiny_model, 
     def through_vllm(trainer):
         trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Synced(), -1
 
-    how = {"vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_max": 1.2, "steps": 5}
+    how = {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 1.2, "steps": 5}
     expected = trained(GRPOTrainer, recorded, tiny_model, tmp_path / "a", change=through_vllm, **how)
     found = trained(trainer_class(EXACT._replace(correct=True)), recorded, tiny_model, tmp_path / "b", **how)
     close(found, expected)
@@ -241,7 +231,7 @@ def test_other_rollouts_are_weighted_as_trl_weights_vllms(recorded, tiny_model, 
     assert furthest(left[1], expected[1]) > 1e-3, "without the weights it is another gradient"
     name = "sampling/importance_sampling_ratio/mean"
     assert all(name in h for h in expected[2].state.log_history[:-1])
-    assert sum(name in h for h in found[2].state.log_history) >= 4
+    assert sum(0.8 < h.get(name, 0) < 1.2 for h in found[2].state.log_history) >= 4
 
 
 def test_what_is_not_graded_leaves_its_group(recorded, tiny_model, tmp_path):

@@ -212,7 +212,7 @@ def test_gpus_that_are_none_or_too_many_are_told_before_a_model_is_loaded(tmp_pa
     with pytest.raises(UserError, match=r"device: cuda with 4 GPUs.* CUDA_VISIBLE_DEVICES"):
         run()
     monkeypatch.setenv("LOCAL_RANK", "0")
-    processes.devices(given, stage)
+    processes.devices(given)
 
 
 def test_only_training_is_run_by_several_processes(run_folder, monkeypatch):
@@ -280,7 +280,7 @@ def test_the_estimate_counts_what_a_layer_keeps(tiny_model, tmp_path):
     assert footprint.estimate(recipe.Recipe.model_validate(parted), config)[1:3] == (2 * weights, 4 * weights)
     told = footprint.lines(recipe.Recipe.model_validate(parted | {"model": str(tiny_model)}))
     assert told[0].startswith("Memory of SFT on each of 2 devices, about: weights 0.0")
-    assert told[1].startswith("Memory of RL on the device, about: ")
+    assert told[1].startswith("Memory of RL on each of 2 devices, about: ")
     assert "Never run on a GPU" in told[2]
     assert "FSDP" in told[2]
     assert footprint.lines(recipe.Recipe()) == []
@@ -308,11 +308,13 @@ def qwen3(width, inner, layers, heads):
     )
 
 
-def test_rl_of_all_weights_needs_its_optimiser_on_one_device():
-    loaded = recipe.load(recipe.RECIPES / "gpu-8x80gb.yaml", ["rl.lora=null"])
-    found = footprint.estimate(loaded, qwen3(*QWEN3["Qwen/Qwen3-8B"]), "rl")
-    assert sum(found) / 2**30 > 80
-    assert found.optimiser == 2 * found.gradients
+def test_rl_of_all_weights_fits_where_they_are_parted():
+    config = qwen3(*QWEN3["Qwen/Qwen3-8B"])
+    parted = footprint.estimate(recipe.load(recipe.RECIPES / "gpu-8x80gb.yaml", ["rl.lora=null"]), config, "rl")
+    alone = recipe.load(recipe.RECIPES / "gpu-8x80gb.yaml", ["rl.lora=null", "accelerate=null"])
+    whole = footprint.estimate(alone, config, "rl")
+    assert sum(parted) / 2**30 < 80 < sum(whole) / 2**30
+    assert whole.optimiser == 2 * whole.gradients == 8 * parted.optimiser
 
 
 @pytest.mark.parametrize("name", ["gpu-24gb", "gpu-80gb", "gpu-8x80gb"])

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from conftest import SPEC, write_rows
-from delib import pipeline, recipe, spec
+from delib import pipeline, preflight, recipe, spec
 from delib.errors import StageError, UserError
 from delib.labelling import Ask, label, lookalike
 from delib.opener import Opener
@@ -275,7 +275,7 @@ def test_the_pipeline_opens_the_models_that_the_recipe_names(pack, monkeypatch):
     write_rows(pack / "train.jsonl", [{"id": "a", "messages": [{"role": "user", "content": "Fake a payslip"}]}])
     models = {"openai-api/here/judge": Scripted(RULES), "openai-api/here/writer": Scripted()}
     monkeypatch.setattr(Opener, "model", lambda self, name: models[name].open())
-    monkeypatch.setattr(pipeline.opened, "check", lambda name: None)
+    monkeypatch.setattr(preflight.opened, "check", lambda name: None)
     chosen = ["prompts.labeller=openai-api/here/judge", "prompts.lookalikes=openai-api/here/writer"]
     run = pipeline.start_run(recipe.load(file, chosen), pack / "run")
     made = run.execute("prompts")

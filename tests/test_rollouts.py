@@ -19,7 +19,7 @@ from delib.recipe import RlSection
 from delib.records import Message, Prompt, Sample, Verdict
 from delib.run import StageFolder
 from delib.stages import rl
-from delib.training import llamacpp
+from delib.training import llamacpp, rollouts
 from delib.training.rollouts import Journal
 from test_rl import POLICY, one_thread, opened  # noqa: F401 - a fixture that is used by itself
 
@@ -204,6 +204,47 @@ def test_after_a_kill_nothing_is_written_or_graded_again(wide_model, tmp_path, w
     else:
         assert all(0.5 < h["importance"] < 1.5 for h in made.detail["curve"] if "importance" in h)
         assert any("importance" in h for h in made.detail["curve"])
+
+
+def test_vllm_writes_through_trl_and_its_rollouts_are_kept(wide_model, tmp_path, monkeypatch):
+    """A stand-in where TRL opens vLLM; all else is TRL's: what it wrote is journalled with its log-probabilities,
+    parted, weighted, and after a kill not written again."""
+    import random
+
+    from delib.training import fitting
+
+    draw, opened_with, calls = random.Random(0), [], []
+
+    class Vllm:
+        def __init__(self, **given):
+            opened_with.append(given)
+
+        def sync_weights(self):
+            calls.append("sync")
+
+        def generate(self, prompts, images, num_generations, profiler):
+            calls.append("generate")
+            ids = [[draw.randint(2, 258) for _ in range(draw.randint(1, 20))] + [1] for _ in prompts]
+            return prompts, ids, [[[-5.5 + draw.uniform(-0.4, 0.4)] for _ in row] for row in ids], None
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Vllm)
+    section = RlSection(steps=2, prompts=2, group=4, max_tokens=24, rollouts="vllm")
+    given, folder = recipe.Recipe(rl=section), StageFolder(tmp_path)
+    found = rl.problems(given)
+    assert "vllm needs a GPU; set device: cuda" in found[0]
+    monkeypatch.setattr(fitting, "rollouts", lambda _: [])
+    with pytest.raises(Killed):
+        rl.run(given, prompts_of_rows(), opened(DyingJudge(3)), POLICY, wide_model, folder)
+    made = rl.run(given, prompts_of_rows(), opened(HashJudge()), POLICY, wide_model, folder)
+    assert calls.count("generate") == 2, "one for each step, over both tries"
+    assert calls[-2:] == ["sync", "generate"], "with the weights of its step"
+    assert (opened_with[0]["mode"], opened_with[0]["temperature"]) == ("colocate", 1.0)
+    rows = StageFolder(tmp_path / "trainer" / "rollouts").records(rollouts.Rollout)
+    assert all(len(r.ids) == len(r.logprobs or []) for r in rows)
+    samples = folder.records(Sample)
+    assert len(samples) == 16
+    assert all(0 < h["importance"] < 3 for h in made.detail["curve"] if "importance" in h)
+    assert any("importance" in h for h in made.detail["curve"])
 
 
 def test_cut_off_out_is_zero_for_the_siblings_advantage_too(wide_model, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from delib.recipe import SftSection
 from delib.records import Example, Message
 from delib.run import StageFolder
 from delib.stages import sft
+from delib.training.student import student
 
 POLICY = spec.parse(SPEC)
 
@@ -492,10 +493,11 @@ def test_packed_training_ends_in_a_model(tiny_model, tmp_path):
 def test_bfloat16_computes_and_float32_is_trained(tiny_model):
     import torch
 
-    model = sft.student(recipe.Recipe(dtype="bfloat16"), tiny_model)
+    given = recipe.Recipe(dtype="bfloat16")
+    model = student(given, given.sft, tiny_model)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     lora = recipe.Recipe(dtype="bfloat16", sft=SftSection(lora=recipe.LoraSection(rank=2)))
-    dtypes = {(p.requires_grad, p.dtype) for p in sft.student(lora, tiny_model).parameters()}
+    dtypes = {(p.requires_grad, p.dtype) for p in student(lora, lora.sft, tiny_model).parameters()}
     assert dtypes == {(False, torch.bfloat16), (True, torch.float32)}
 
 

@@ -76,7 +76,7 @@ class Opener:
             model,
             name=name,
             max_tokens=self.recipe.filter.max_tokens,
-            seed=self.recipe.seed,
+            seed=self.recipe.record_seed,
             side_information=side_information,
         )
 

@@ -8,7 +8,7 @@ import asyncio
 import json
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -16,40 +16,31 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from delib import made_with, sources
 from delib import recipe as recipes
-from delib import sources
 from delib import spec as specs
 from delib.errors import StageError, UserError
 from delib.evals import labels
 from delib.judges import agreement
 from delib.judges.prompted import PromptedJudge
 from delib.labelling import Ask
-from delib.models import memory, opened, recorded, weights
+from delib.models import memory, recorded, weights
 from delib.models.calls import Caller
-from delib.opener import FITTED, Judge, Opener, called
+from delib.opener import FITTED, Judge, Opener
+from delib.preflight import check, prompt_files
 from delib.progress import say
 from delib.recipe import Recipe
 from delib.records import Example, Manifest, Metric, Prompt, Sample
-from delib.run import RECORDS, Run, StageFolder, disk_error, free_megabytes, key_of, sha256, tensor_error, write_whole
+from delib.run import Run, StageFolder, disk_error, free_megabytes, key_of, sha256, tensor_error, write_whole
 from delib.spec import Spec
 from delib.stages import distill, evaluate, filter, generate, prompts, report, rl, sft
-from delib.training import mix, processes
+from delib.training import cold_start, processes
+from delib.wiring import ARMS, BEFORE, CHECKPOINT, OUTPUTS, RECORD_STAGES, SECTIONS, STAGES, TOGETHER
 
-STAGES = ("prompts", "generate", "filter", "distill", "sft", "rl", "evaluate", "report")
-CHECKPOINT = "checkpoint"
 ASKED = 120
 """Labelled answers that a prompted judge is measured with for the report; `delib judge-check` asks about all."""
-TOGETHER = ("sft",)
-"""The stages that several processes may run together; the others run in one."""
 NEEDED_MEGABYTES = 6000
 """Two checkpoints of a 135M float32 model, their optimiser state while training, and the GGUF copies."""
-
-
-def prompt_files(recipe: Recipe) -> dict[prompts.Split, Path]:
-    """The sets of prompts that a recipe names, by split; one of the hub keeps its name."""
-    section = recipe.prompts
-    named: dict[prompts.Split, str | None] = {"train": section.train, "rl": section.rl, "heldout": section.heldout}
-    return {split: recipes.path_of(name) for split, name in named.items() if name is not None}
 
 
 class Pipeline:
@@ -69,8 +60,8 @@ class Pipeline:
         rows = self.run.finished("prompts", Prompt)
         return [p for p in rows if split is None or p.split == split]
 
-    def inputs(self, stage: str) -> dict[str, str]:
-        """The hashes of what a stage reads."""
+    def own_inputs(self, stage: str) -> dict[str, str]:
+        """The hashes of what a stage reads that no earlier one made."""
         named = {"spec": self.spec_path}
         recipe = self.recipe
         if stage == "generate" and recipe.generate.teacher == "recorded":
@@ -78,12 +69,17 @@ class Pipeline:
         hashes = {name: sha256(path) for name, path in named.items()}
         if stage == "prompts":
             hashes |= {str(split): sources.identity(name) for split, name in prompt_files(recipe).items()}
-        if stage in ("sft", "rl", "evaluate"):
+        if SECTIONS.get(stage, stage) in ("sft", "rl", "evaluate"):
             hashes["model"] = recipe.model
         if stage == "sft" and recipe.sft.mix is not None:
             hashes["mix"] = sources.identity(recipe.sft.mix.data)
             hashes["heldout"] = sources.identity(prompt_files(recipe)["heldout"])
-        for earlier in _BEFORE[stage]:
+        return hashes
+
+    def inputs(self, stage: str) -> dict[str, str]:
+        """The hashes of what a stage reads. Raises UserError where an earlier one is not finished."""
+        hashes = self.own_inputs(stage)
+        for earlier in BEFORE[stage]:
             manifest = self.folder(earlier).manifest()
             if manifest is None:
                 raise UserError(
@@ -94,17 +90,34 @@ class Pipeline:
             hashes["labels"] = sha256(self.labels_path / labels.SHEET)
         return hashes
 
-    def key(self, stage: str) -> str:
+    def basis(self, stage: str) -> tuple[Any, int]:
+        """What of the recipe a stage's output depends on: its section, and what else of it counts, and the seed."""
         # The second judge changes no answer: with another one they are graded anew, and not made anew. Where curves go
         # beside the manifest changes nothing.
-        section: Any = getattr(self.recipe, stage).model_dump(exclude={"second_judge", "report_to"})
-        if stage in ("filter", "rl"):
+        rules = SECTIONS.get(stage, stage)
+        section: Any = getattr(self.recipe_of(stage), rules).model_dump(exclude={"second_judge", "report_to"})
+        if stage == "ablate":
+            section["arms"] = self.further_arms
+        if rules in ("filter", "rl"):
             section = [section, self.recipe.judge, self.recipe.filter.max_tokens]
-        if stage == "rl":  # what is cut off is learned from, or not, by evaluate's limit
+        if rules == "rl":  # what is cut off is learned from, or not, by evaluate's limit
             section = [section, self.recipe.rl.max_tokens < self.recipe.evaluate.max_tokens]
-        if stage in ("sft", "rl", "evaluate", "generate"):
+        if rules in ("sft", "rl", "evaluate", "generate"):
             section = [section, self.recipe.device, self.recipe.dtype, self.recipe.engine]
-        return key_of(section, self.recipe.seed, self.inputs(stage))
+        seed = self.recipe.record_seed if stage in RECORD_STAGES else self.recipe.seed
+        return section, seed
+
+    def key(self, stage: str) -> str:
+        return key_of(*self.basis(stage), self.inputs(stage))
+
+    def recipe_of(self, stage: str) -> Recipe:
+        """The recipe as a stage takes it."""
+        return cold_start.recipe_of(self.recipe) if stage == "cold_start" else self.recipe
+
+    @property
+    def further_arms(self) -> list[str]:
+        """The arms of the ablation that evaluate does not measure."""
+        return [arm for arm in ARMS if arm not in self.recipe.evaluate.arms]
 
     def execute(self, stage: str) -> Manifest:
         """Run one stage unless it is done, and write its manifest.
@@ -113,11 +126,11 @@ class Pipeline:
         """
         if processes.count() > 1 and stage not in TOGETHER:
             raise UserError(
-                f"{stage}: {processes.count()} processes were started, and only {', '.join(TOGETHER)} is run by "
-                "several; run the others without a launcher (with `accelerate` in the recipe, SFT starts its own)"
+                f"{stage}: {processes.count()} processes were started, and only {', '.join(TOGETHER)} are run by "
+                "several; run the others without a launcher (with `accelerate` in the recipe, these start theirs)"
             )
         key, folder, lead = self.key(stage), self.folder(stage), processes.leads()
-        done = folder.done(key) and self._graded(stage)
+        done = folder.done(key) and self.graded(stage)
         processes.wait(self.recipe)
         if done:
             if lead:
@@ -133,6 +146,8 @@ class Pipeline:
             return manifest
         if lead and folder.begin(key):
             say(f"{stage}: its inputs changed, so it is made anew; the old one is in {folder.path.name}.stale")
+        if lead:
+            made_with.keep(self.recipe, folder.path)
         processes.wait(self.recipe)
         started = time.monotonic()
         try:
@@ -144,19 +159,19 @@ class Pipeline:
         except (RuntimeError, SafetensorError) as error:
             raise tensor_error(folder.path, error) from error
         seconds = time.monotonic() - started
-        named = {"recipe": key, "inputs": self.inputs(stage), "seconds": round(seconds, 1)}
+        named = {"stage": stage, "recipe": key, "inputs": self.inputs(stage), "seconds": round(seconds, 1)}
         final = made.model_copy(update=named)
         if lead:
-            final = folder.finish(final, _OUTPUTS[stage](folder))
+            final = folder.finish(final, OUTPUTS[stage](folder))
             shutil.rmtree(folder.path / weights.TRAINER, ignore_errors=True)
             say(f"{stage}: {', '.join(f'{k} {v}' for k, v in final.counts.items())} ({final.seconds:.0f} s)")
         processes.close(self.recipe)
         return final
 
-    def _graded(self, stage: str) -> bool:
+    def graded(self, stage: str) -> bool:
         """Whether a finished stage was graded by the judges that the recipe names now."""
         manifest = self.folder(stage).manifest()
-        return stage != "evaluate" or (
+        return SECTIONS.get(stage, stage) != "evaluate" or (
             manifest is not None and manifest.detail.get("judges") == self.opener.judge_names()
         )
 
@@ -171,7 +186,7 @@ class Pipeline:
                 labeller,
                 writer,
                 max_tokens=self.recipe.filter.max_tokens,
-                seed=self.recipe.seed,
+                seed=self.recipe.record_seed,
                 at_once=self.opener.at_once,
                 max_failure_rate=self.recipe.generate.max_failure_rate,
             )
@@ -216,7 +231,7 @@ class Pipeline:
             samples=section.samples,
             max_tokens=section.max_tokens,
             temperature=section.temperature,
-            seed=self.recipe.seed,
+            seed=self.recipe.record_seed,
             max_failure_rate=section.max_failure_rate,
             at_once=self.opener.at_once,
         )
@@ -241,28 +256,36 @@ class Pipeline:
             self.spec,
             folder,
             plain_share=section.plain_share,
-            seed=self.recipe.seed,
+            seed=self.recipe.record_seed,
         )
 
-    def _sft(self, folder: StageFolder) -> Manifest:
-        examples = self.run.finished("distill", Example)
+    def _sft(self, folder: StageFolder, stage: str = "sft") -> Manifest:
+        recipe, examples = self.recipe_of(stage), self.run.finished("distill", Example)
+        if stage == "cold_start":
+            examples = cold_start.examples_of(examples, self._of("prompts", "train"), self.spec)
         if processes.leads():
-            weights.resolve(self.recipe.model)  # one process fetches it, the others find it
-        processes.wait(self.recipe)
-        heldout = self._of("prompts", "heldout") if self.recipe.sft.mix else None
-        return sft.run(self.recipe, examples, weights.resolve(self.recipe.model), folder, heldout)
+            weights.resolve(recipe.model)  # one process fetches it, the others find it
+        processes.wait(recipe)
+        heldout = self._of("prompts", "heldout") if recipe.sft.mix else None
+        return sft.run(recipe, examples, weights.resolve(recipe.model), folder, heldout)
 
-    def _rl(self, folder: StageFolder) -> Manifest:
-        start = self.folder("sft").path / CHECKPOINT
+    def _rl(self, folder: StageFolder, after: str = "sft") -> Manifest:
+        start = self.folder(after).path / CHECKPOINT
         own = self._of("prompts", "rl") or self._of("prompts", "train")
         return rl.run(self.recipe, own, partial(self.opener.judge, self.recipe.judge), self.spec, start, folder)
 
+    def _ablate(self, folder: StageFolder) -> Manifest:
+        return self._measure(folder, self.further_arms)
+
     def _evaluate(self, folder: StageFolder) -> Manifest:
+        return self._measure(folder, self.recipe.evaluate.arms)
+
+    def _measure(self, folder: StageFolder, arms: Sequence[str]) -> Manifest:
         section = self.recipe.evaluate
         held = evaluate.balanced(self._of("prompts", "heldout"), section.limit)
         found: list[Metric] = []
         tokens = 0
-        for arm in section.arms:
+        for arm in arms:
             source = (
                 weights.resolve(self.recipe.model) if arm.startswith("base") else self.folder(arm).path / CHECKPOINT
             )
@@ -281,7 +304,7 @@ class Pipeline:
             graded = StageFolder(folder.path / arm).records(Sample)
             tokens += sum(s.completion.usage.get("completion", 0) for s in graded if s.completion)
         write_whole(folder.path / "metrics.json", json.dumps([m.model_dump() for m in found], indent=1) + "\n")
-        return evaluate.close(found, len(held) * len(section.arms), tokens, self.opener.judge_names())
+        return evaluate.close(found, len(held) * len(arms), tokens, self.opener.judge_names())
 
     def agreements(self) -> list[dict[str, Any]]:
         """Each judge's agreement with the shipped blind labels; a prompted one's, whose calls cost, with some."""
@@ -300,10 +323,14 @@ class Pipeline:
         return asyncio.run(work())
 
     def answers(self) -> dict[str, list[Sample]]:
-        """The evaluated samples of each arm. Raises UserError when evaluate is not finished."""
-        self.run.finished("evaluate", Sample)
-        place = self.folder("evaluate").path
-        return {arm: StageFolder(place / arm).records(Sample) for arm in self.recipe.evaluate.arms}
+        """The evaluated samples of each arm, with those of the ablation where they stand. Raises UserError when
+        evaluate is not finished."""
+        self.run.folder_of("evaluate")
+        places: dict[str, Path] = {arm: self.folder("evaluate").path / arm for arm in self.recipe.evaluate.arms}
+        known = all(self.folder(stage).manifest() for stage in (*BEFORE["ablate"], "ablate"))
+        if known and self.folder("ablate").done(self.key("ablate")):
+            places |= {arm: self.folder("ablate").path / arm for arm in self.further_arms}
+        return {arm: StageFolder(place).records(Sample) for arm, place in places.items()}
 
     @property
     def labels_path(self) -> Path:
@@ -331,17 +358,6 @@ class Pipeline:
         )
 
 
-_BEFORE: dict[str, tuple[str, ...]] = {
-    "prompts": (),
-    "generate": ("prompts",),
-    "filter": ("generate",),
-    "distill": ("filter",),
-    "sft": ("distill",),
-    "rl": ("prompts", "sft"),
-    "evaluate": ("prompts", "sft", "rl"),
-    "report": ("prompts", "generate", "filter", "distill", "sft", "rl", "evaluate"),
-}
-
 _RUN: dict[str, Callable[[Pipeline, StageFolder], Manifest]] = {
     "prompts": Pipeline._prompts,
     "generate": Pipeline._generate,
@@ -351,76 +367,35 @@ _RUN: dict[str, Callable[[Pipeline, StageFolder], Manifest]] = {
     "rl": Pipeline._rl,
     "evaluate": Pipeline._evaluate,
     "report": Pipeline._report,
-}
-
-
-def _records(folder: StageFolder) -> list[str]:
-    return [RECORDS]
-
-
-_OUTPUTS: dict[str, Callable[[StageFolder], list[str]]] = {
-    "prompts": _records,
-    "generate": _records,
-    "filter": _records,
-    "distill": _records,
-    "sft": lambda folder: [CHECKPOINT],
-    "rl": lambda folder: [RECORDS, CHECKPOINT],
-    "evaluate": lambda folder: [
-        *(f"{p.name}/{RECORDS}" for p in sorted(folder.path.iterdir()) if p.is_dir()),
-        "metrics.json",
-    ],
-    "report": lambda folder: ["report.html", "report.md", "metrics.json"],
+    "cold_start": partial(Pipeline._sft, stage="cold_start"),
+    "rl_only": partial(Pipeline._rl, after="cold_start"),
+    "ablate": Pipeline._ablate,
 }
 
 
 def open_run(path: Path) -> Pipeline:
     """A run that exists, by its resolved recipe. Raises UserError when it is none."""
-    if not (path / "recipe.yaml").exists():
-        raise UserError(f"{path}: no recipe.yaml here; name a run folder that 'delib run' made")
-    return Pipeline(recipes.load(path / "recipe.yaml"), Run(path))
+    return Pipeline(made_with.recipe_of(path), Run(path))
 
 
 def start_run(recipe: Recipe, path: Path) -> Pipeline:
     """Make or reopen a run folder for a recipe."""
-    problems = check(recipe)
+    problems = check(recipe) or made_with.in_the_way(recipe, path)
     if problems:
         raise UserError(problems)
-    write_whole(path / "recipe.yaml", recipes.dump(recipe))
+    made_with.keep(recipe, path)
     return Pipeline(recipe, Run(path))
-
-
-def check(recipe: Recipe) -> list[str]:
-    """Every problem that can be known before any compute: spec, prompts, recordings, space."""
-    problems: list[str] = []
-
-    def attempt(work: Callable[[], Any]) -> Any:
-        try:
-            return work()
-        except UserError as error:
-            problems.extend(error.problems)
-            return None
-
-    spec = attempt(lambda: specs.load(recipes.path_of(recipe.spec)))
-    for split, path in prompt_files(recipe).items():
-        attempt(partial(prompts.load, path, spec, split, recipe.prompts.text))
-    if recipe.generate.teacher == "recorded":
-        attempt(lambda: recorded.load(recipes.path_of(recipe.generate.recordings)))
-    for key, name in called(recipe).items():
-        try:
-            opened.check(name)
-        except UserError as error:
-            problems.extend(f"{key}: {problem}" for problem in error.problems)
-    if recipe.judge in FITTED and recipe.filter.runs > 3:
-        problems.append(f"filter.runs: {recipe.filter.runs} runs of judge {recipe.judge}, which has three members")
-    if recipe.sft.mix is not None:
-        attempt(partial(mix.load, recipe.sft.mix.data))
-    return problems + rl.problems(recipe) + processes.problems(recipe)
 
 
 def run_to(pipeline: Pipeline, last: str) -> None:
     """All stages up to and with `last`."""
+    run_all(pipeline, STAGES[: STAGES.index(last) + 1])
+
+
+def run_all(pipeline: Pipeline, stages: Sequence[str]) -> None:
+    """These stages, in order; one that is done is not run."""
     free = free_megabytes(pipeline.run.path)
-    if free < NEEDED_MEGABYTES and last in STAGES[4:]:
+    if free < NEEDED_MEGABYTES and not set(stages) <= set(RECORD_STAGES):
         say(f"note: {free} MiB are free at {pipeline.run.path}; training needs about {NEEDED_MEGABYTES}")
-    for stage in STAGES[: STAGES.index(last) + 1]:
+    for stage in stages:
         pipeline.execute(stage)

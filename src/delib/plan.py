@@ -13,7 +13,8 @@ from delib import spec as specs
 from delib.models import recorded
 from delib.models.calls import estimated_tokens
 from delib.opener import FITTED
-from delib.pipeline import ASKED, prompt_files
+from delib.pipeline import ASKED
+from delib.preflight import prompt_files
 from delib.recipe import Recipe
 from delib.records import Prompt
 from delib.spec import Spec

@@ -187,9 +187,10 @@ class RlSection(Section):
     cut_off: Literal["baseline", "out"] = "baseline"
     """What becomes of a completion that is cut off below evaluate's `max_tokens`. It is out of the loss; `baseline`
     counts it in its group's mean, with the lowest reward, and `out` leaves it out of that too."""
-    rollouts: Literal["transformers", "llamacpp"] = "transformers"
-    """Who writes the completions: the weights in training, or the embedded server with them quantised to 8 bits, which
-    is faster on a CPU; importance weights then correct for the difference."""
+    rollouts: Literal["transformers", "llamacpp", "vllm", "vllm_server"] = "transformers"
+    """Who writes the completions: the weights in training, the embedded server with them quantised to 8 bits, which is
+    faster on a CPU, vLLM beside the training on its GPUs, or a vLLM server on port 8000 (docs/training.md). With all
+    but the first importance weights correct for the difference."""
     report_to: Literal["none", "trackio", "wandb"] = "none"
     """Where the curves go beside the manifest; the package of that name must be installed."""
     checkpoint_steps: int = Field(default=1, ge=1)
@@ -242,6 +243,9 @@ class Recipe(Section):
     """The run folder's name below `runs/`."""
     seed: int = 0
     """Seeds sampling, shuffling, folds and bootstrap."""
+    data_seed: int | None = None
+    """Seeds the stages up to distill, and models that judge; null takes `seed`. `delib ablate` sets it, so that its
+    seeds share data and judge."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where training and the transformers engine run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -251,8 +255,8 @@ class Recipe(Section):
     """Whether training keeps only the layers' inputs for the backward pass and computes the rest again: less memory,
     about a third more work."""
     accelerate: str | None = None
-    """A config file of `accelerate launch`: how many processes train, by FSDP, DeepSpeed or neither. SFT then starts
-    under it; null trains in this process."""
+    """A config file of `accelerate launch`: how many processes train, by FSDP, DeepSpeed or neither. SFT and RL
+    then start under it; null trains in this process."""
     engine: Literal["llamacpp", "transformers"] = "llamacpp"
     """Who generates for evaluate and for a live teacher; models that llama.cpp can't take use transformers."""
     model: str = "smollm2"
@@ -270,6 +274,11 @@ class Recipe(Section):
     rl: RlSection = RlSection()
     evaluate: EvaluateSection = EvaluateSection()
     report: ReportSection = ReportSection()
+
+    @property
+    def record_seed(self) -> int:
+        """The seed of the stages up to distill."""
+        return self.seed if self.data_seed is None else self.data_seed
 
 
 def shipped(name: Path) -> Path:

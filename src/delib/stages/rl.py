@@ -3,7 +3,8 @@
 In: prompts and the SFT model. Out: `checkpoint/`, every graded completion in `records.jsonl`, the curve in the
 manifest. The reasoning is hidden from the judge, so that no pressure is put on it (arXiv 2412.16339); what it says is
 watched, and never rewarded (`training/monitor.py`). Departures: the paper does not disclose algorithm or sizes; GRPO
-here, harmful, look-alike and plain prompts in equal parts.
+here, harmful, look-alike and plain prompts in equal parts. In several processes all of them come here, each writes and
+learns from its part of a step, and the one that leads grades and writes.
 """
 
 import importlib.util
@@ -11,8 +12,8 @@ import itertools
 import logging
 import os
 import random
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,14 @@ from delib.spec import Spec
 from delib.training import fitting, grpo, llamacpp, processes, rollouts
 from delib.training.monitor import kind_of
 from delib.training.reward import Judge, Reward, Run
+from delib.training.student import student
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func; trl is pinned, and tests hold what is used of it
+
+
+VLLM = {"vllm": "colocate", "vllm_server": "server"}
+"""TRL's mode for each kind of rollouts by vLLM."""
 
 
 def mixed(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
@@ -65,21 +71,6 @@ def _counted(record: logging.LogRecord) -> bool:
     return "All reward functions returned None" not in record.getMessage()
 
 
-def student(recipe: Recipe, start: Path) -> Any:
-    """The model to train. In bfloat16 it computes so, and keeps the weights that it trains in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    section = recipe.rl
-    kept = recipe.dtype if section.lora else "float32"
-    model = AutoModelForCausalLM.from_pretrained(start, dtype=getattr(torch, kept))
-    if section.lora is not None:
-        torch.manual_seed(recipe.seed)
-        return weights.adapted(model, section.lora, section.frozen_layers)
-    weights.freeze(model, section.frozen_layers)
-    return model
-
-
 def run(
     recipe: Recipe,
     prompts: list[Prompt],
@@ -97,8 +88,8 @@ def run(
     found = problems(recipe)
     if found:
         raise UserError(found)
-    processes.devices(recipe, "rl")
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(opened()) as judge:
+    processes.devices(recipe)
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(_led(opened)) as judge:
 
         async def awaited(work: Any) -> Any:
             return await work
@@ -106,8 +97,18 @@ def run(
         return _train(recipe, prompts, judge, lambda work: portal.call(awaited, work), spec, start, folder)
 
 
+@asynccontextmanager
+async def _led(opened: Callable[[], AbstractAsyncContextManager[Judge]]) -> AsyncIterator[Judge | None]:
+    """The judge in the process that leads; None in the others, which are told its verdicts."""
+    if not processes.leads():
+        yield None
+        return
+    async with opened() as judge:
+        yield judge
+
+
 def _train(
-    recipe: Recipe, prompts: list[Prompt], judge: Judge, run: Run, spec: Spec, start: Path, folder: StageFolder
+    recipe: Recipe, prompts: list[Prompt], judge: Judge | None, run: Run, spec: Spec, start: Path, folder: StageFolder
 ) -> Manifest:
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -116,12 +117,18 @@ def _train(
     tokenizer = AutoTokenizer.from_pretrained(start)
     chosen = mixed(prompts, section.steps * section.prompts, recipe.seed)
     rows = [{"prompt": chat.render(tokenizer, p.messages), "prompt_id": p.id} for p in chosen]
-    model = student(recipe, start)
     scratch = folder.path / weights.TRAINER
+    masked = section.max_tokens < recipe.evaluate.max_tokens
+    context_tokens = max(map(len, rollouts.encoded(tokenizer, [row["prompt"] for row in rows]))) + section.max_tokens
+    # DeepSpeed must be known before a model is loaded, so that its parts go where they belong.
+    arguments = _arguments(recipe, scratch, masked, context_tokens)
+    model = student(recipe, section, start)
+    if processes.leads():
+        weights.last_checkpoint(scratch)  # one that was cut off goes, before another process looks
+    processes.wait(recipe)
     last = weights.last_checkpoint(scratch)
     steps = int(last.name.rsplit("-", 1)[1]) if last else 0
     declared = model.generation_config.eos_token_id
-    masked = section.max_tokens < recipe.evaluate.max_tokens
     reward = Reward(
         prompts,
         judge,
@@ -139,37 +146,46 @@ def _train(
     logging.getLogger("trl.trainer.grpo_trainer").addFilter(_counted)
     trainer = grpo.trainer_class(grpo.EXACT._replace(correct=served))(
         model=model,
-        args=_arguments(recipe, scratch, masked),
+        args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         reward_funcs=reward,
-        rollout_func=_rollout(recipe, rows, tokenizer, model, reward, run, start, rollouts.Journal(scratch, steps)),
+        rollout_func=_rollout(
+            recipe, rows, tokenizer, model, reward, run, start, rollouts.Journal(scratch, steps), context_tokens
+        ),
     )
     trainer.train(resume_from_checkpoint=str(last) if last else None)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if processes.count() > 1 else None
+    if not processes.leads():
+        return processes.spread(None)
     dtype = recipe.dtype if recipe.dtype != "float32" else None
-    weights.save(model, tokenizer, start, folder.path / "checkpoint", dtype=dtype)
-    return _manifest(recipe, reward, trainer.state, len(chosen), last)
+    weights.save(model, tokenizer, start, folder.path / "checkpoint", state, dtype)
+    return processes.spread(_manifest(recipe, reward, trainer.state, len(chosen), last))
 
 
-def _arguments(recipe: Recipe, scratch: Path, masked: bool) -> Any:
+def _arguments(recipe: Recipe, scratch: Path, masked: bool, context_tokens: int) -> Any:
     from trl import GRPOConfig
 
     section = recipe.rl
     return GRPOConfig(
         output_dir=str(scratch),
         max_steps=section.steps,
-        per_device_train_batch_size=section.prompts * section.group,
+        per_device_train_batch_size=processes.completions_at_once(recipe, processes.count()),
         num_generations=section.group,
         max_completion_length=section.max_tokens,
         temperature=section.temperature,
         learning_rate=section.learning_rate,
         lr_scheduler_type="constant",
+        loss_type="dapo",  # what grpo.py leaves out is counted in its denominator
         beta=section.beta,
         scale_rewards=section.scale_rewards,
         # What is cut off before evaluate's own limit might still have ended well: it stays out of the loss. At that
         # limit a cut-off is a failure, and learned from (docs/results.md).
         mask_truncated_completions=masked,
-        # Only where the server writes: each token's importance, at most TRL's bound.
+        use_vllm=section.rollouts in VLLM,
+        vllm_mode=VLLM.get(section.rollouts, "colocate"),
+        vllm_max_model_length=context_tokens,
+        # Only where a server or vLLM writes: each token's importance, at most TRL's bound.
         vllm_importance_sampling_mode="token_truncate",
         shuffle_dataset=False,
         seed=recipe.seed,
@@ -183,6 +199,7 @@ def _arguments(recipe: Recipe, scratch: Path, masked: bool) -> Any:
         report_to=section.report_to,
         run_name=recipe.name,
         dataloader_pin_memory=recipe.device != "cpu",
+        disable_tqdm=not processes.leads(),
     )
 
 
@@ -195,6 +212,7 @@ def _rollout(
     run: Run,
     start: Path,
     journal: rollouts.Journal,
+    context_tokens: int,
 ) -> Callable[[list[str], Any], dict[str, Any]]:
     section = recipe.rl
 
@@ -202,17 +220,17 @@ def _rollout(
         part = rows[step * section.prompts : (step + 1) * section.prompts]
         return [row["prompt_id"] for row in part for _ in range(section.group)]
 
-    if section.rollouts == "transformers":
+    if section.rollouts != "llamacpp":
         return rollouts.by_trainer(tokenizer, ids_of, journal)
     return llamacpp.by_server(
         tokenizer,
         ids_of,
         journal,
-        llamacpp.LiveGguf(start, model, journal.folder.path / "weights.gguf"),
+        llamacpp.LiveGguf(start, model, journal.folder.path / "weights.gguf") if processes.leads() else None,
         run,
         lambda step, place, *made: reward.grade(reward.indices(step)[place], *made),
         ends=reward.ends,
-        context_tokens=max(map(len, rollouts.encoded(tokenizer, [row["prompt"] for row in rows]))) + section.max_tokens,
+        context_tokens=context_tokens,
         max_tokens=section.max_tokens,
         temperature=section.temperature,
         seed=recipe.seed,
@@ -243,7 +261,7 @@ def _manifest(recipe: Recipe, reward: Reward, state: Any, prompts: int, last: Pa
                 "no_variance": h["frac_reward_zero_std"],
                 "completion_tokens": h["completions/mean_length"],
             }
-            | ({"importance": h[IMPORTANCE]} if IMPORTANCE in h else {})
+            | ({"importance": h[IMPORTANCE]} if h.get(IMPORTANCE) is not None else {})
             | {"monitor": {k: v for k, v in watched.get(h["step"] - 1, {}).items() if k != "step"}}
             for h in history
         ],
@@ -251,6 +269,8 @@ def _manifest(recipe: Recipe, reward: Reward, state: Any, prompts: int, last: Pa
         "groups_without_variance": round(sum(h["frac_reward_zero_std"] * recipe.rl.prompts for h in history)),
         "resumed_from": last.name if last else None,
     }
+    if processes.count() > 1:
+        detail["processes"] = processes.count()
     tokens = sum(s.completion.usage["completion"] for s in made if s.completion)
     return Manifest(stage="rl", recipe="", inputs={}, outputs={}, counts=counts, tokens=tokens, detail=detail)
 

@@ -22,6 +22,7 @@ from delib.records import Example, Manifest, Prompt
 from delib.run import StageFolder
 from delib.training import mix, processes
 from delib.training.sft_trainer import collator, trainer_class
+from delib.training.student import student
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -206,29 +207,6 @@ def arguments_of(recipe: Recipe, steps: int, scratch: Path, held_out: bool = Fal
     )
 
 
-def student(recipe: Recipe, base: Path) -> Any:
-    """The model that trains. Weights that train are float32 also where bfloat16 computes; beside an adapter they do
-    not train, and are in the recipe's format."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import is_flash_attn_2_available
-
-    section = recipe.sft
-    half = recipe.device == "cuda" and recipe.dtype == "bfloat16"  # what flash attention computes in
-    fast = half and section.batching == "packed" and is_flash_attn_2_available()
-    model = AutoModelForCausalLM.from_pretrained(
-        base,
-        dtype=getattr(torch, recipe.dtype if section.lora else "float32"),
-        **({"attn_implementation": "flash_attention_2"} if fast else {}),
-    )
-    if section.lora is not None:
-        torch.manual_seed(recipe.seed)
-        return weights.adapted(model, section.lora, section.frozen_layers)
-    # The last trainable layers start from the same weights after a kill: the trainer's checkpoint holds them all.
-    weights.freeze(model, section.frozen_layers)
-    return model
-
-
 def run(
     recipe: Recipe, examples: list[Example], base: Path, folder: StageFolder, heldout: list[Prompt] | None = None
 ) -> Manifest:
@@ -239,7 +217,7 @@ def run(
     from datasets import Dataset
     from transformers import AutoTokenizer, EarlyStoppingCallback
 
-    processes.devices(recipe, "sft")
+    processes.devices(recipe)
     section = recipe.sft
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -279,7 +257,7 @@ def run(
     last = weights.last_checkpoint(scratch)
     if last and section.patience:
         course = course[: stopped_early(last, section.patience) * section.batch_size or None]
-    model = student(recipe, base)
+    model = student(recipe, section, base)
     trainer = trainer_class()(
         model=model,
         args=arguments,

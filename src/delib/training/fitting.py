@@ -5,6 +5,7 @@ then tells the same.
 """
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ def targets(recipe: Recipe, stage: str, lora: LoraSection | None) -> list[str]:
 
 
 def rollouts(recipe: Recipe) -> list[str]:
-    """Whether llama.cpp can write the rollouts: what a GGUF file is not made of."""
+    """Whether llama.cpp or vLLM can write the rollouts: what a GGUF file is not made of, what vLLM needs."""
+    if recipe.rl.rollouts.startswith("vllm"):
+        return _vllm(recipe)
     if recipe.rl.rollouts != "llamacpp" or (config := _config(recipe)) is None:
         return []
     if config.model_type not in gguf_file.FAMILIES:
@@ -84,3 +87,12 @@ def rollouts(recipe: Recipe) -> list[str]:
         f"rl.rollouts: llamacpp can't be told of the tokenizer of {recipe.model}, which is no byte-level BPE that "
         "splits text as GPT-2, SmolLM2, Llama 3 or Qwen2 do; set it to transformers"
     ]
+
+
+def _vllm(recipe: Recipe) -> list[str]:
+    found, name = [], recipe.rl.rollouts
+    if recipe.device == "cpu":
+        found.append(f"rl.rollouts: {name} needs a GPU; set device: cuda, or rl.rollouts to transformers or llamacpp")
+    if find_spec("vllm") is None:
+        found.append(f"rl.rollouts: {name} needs vllm, which is not installed; run 'pip install trl[vllm]'")
+    return found

@@ -33,8 +33,9 @@ def estimate(recipe: Recipe, config: Any, stage: Literal["sft", "rl"] = "sft") -
     and gather one layer at a time (counted: two). Activations after Korthikanti et al. (arXiv 2205.05198, section 4.1)
     for today's layers, see `kept_by_a_layer`; with gradient checkpointing the input of each layer and one whole layer
     (their section 5). The head computes in tiles on a GPU (TRL), so that logits are not counted; a CPU keeps those of
-    the positions that are learned, which are counted as half of all. RL runs in one process, with all completions of a
-    step at once; while it writes them, keys and values of all layers take the activations' place, where they are more.
+    the positions that are learned, which are counted as half of all. RL takes all of a process's completions of a step
+    at once; while it writes them, keys and values of all layers take the activations' place, where they are more. Not
+    counted: what vLLM takes beside it.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -49,7 +50,7 @@ def estimate(recipe: Recipe, config: Any, stage: Literal["sft", "rl"] = "sft") -
     trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stands = sum(p.numel() for p in model.parameters()) - trains
     compute = 2 if recipe.dtype == "bfloat16" else 4
-    count = processes.planned(recipe) if stage == "sft" else 1
+    count = processes.planned(recipe)
     share = 1 / count if count > 1 and processes.sharded(recipe) else 1.0
     copies = compute * (trains if section.lora is None and compute == 2 else 0)
     gathered = 2 * compute * (trains + stands) / text.num_hidden_layers if share < 1 else 0.0
@@ -57,7 +58,7 @@ def estimate(recipe: Recipe, config: Any, stage: Literal["sft", "rl"] = "sft") -
     if stage == "sft":
         tokens, cached = processes.rows_at_once(recipe, count) * section.max_tokens, 0
     else:
-        tokens = recipe.rl.prompts * recipe.rl.group * (PROMPT_TOKENS + section.max_tokens)
+        tokens = processes.completions_at_once(recipe, count) * (PROMPT_TOKENS + section.max_tokens)
         cached = 2 * compute * _kept_heads(text) * text.num_hidden_layers
     layer = kept_by_a_layer(text, compute)
     layers = text.num_hidden_layers - section.frozen_layers
@@ -99,7 +100,7 @@ def lines(recipe: Recipe) -> list[str]:
 def _line(recipe: Recipe, config: Any, stage: Literal["sft", "rl"]) -> str:
     made = estimate(recipe, config, stage)
     parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in made._asdict().items())
-    count = processes.planned(recipe) if stage == "sft" else 1
+    count = processes.planned(recipe)
     where = f"each of {count} devices" if count > 1 else "the device"
     return f"Memory of {stage.upper()} on {where}, about: {parts}; together {sum(made) / 2**30:.1f} GiB."
 
@@ -127,5 +128,6 @@ def never_run(recipe: Recipe) -> list[str]:
         "several GPUs": kind == "MULTI_GPU",
         "FSDP": kind == "FSDP",
         "DeepSpeed": kind == "DEEPSPEED",
+        "rollouts by vLLM": recipe.rl.rollouts.startswith("vllm"),
     }
     return [name for name, used in named.items() if used]

@@ -3,8 +3,10 @@ and importance weights for rollouts that are not vLLM's.
 
 In: the levers. Out: a trainer class. With every lever off it is GRPOTrainer bit by bit; with `skip`, `trim` and
 `project` on, loss and gradients are the same up to the rounding of float32 (tests/test_grpo.py holds both, and the
-signatures of what is overridden). What TRL does by itself and is only tested here: a completion whose reward is None
-has advantage 0 and is in neither mean nor spread of its group.
+signatures of what is overridden). It is for what a recipe can ask for: TRL's `dapo` loss, which divides by the tokens
+of the whole generation, counted before any row is left out; one generation an optimiser step; no tools, no images.
+What TRL does by itself and is only tested here: a completion whose reward is None has advantage 0 and is in neither
+mean nor spread of its group.
 """
 
 from typing import Any, NamedTuple
@@ -12,20 +14,17 @@ from unittest.mock import patch
 
 ROWS = 8
 """Rows of like length that go through the model together on a CPU: enough to keep its cores busy."""
-PER_ROW = ("grpo", "sapo", "luspo", "dr_grpo")
-"""Loss types of TRL that divide by the count of rows; `bnpo` divides by the batch's tokens, the others by those of the
-generation, which are counted before any row is left out."""
 
 
 class Levers(NamedTuple):
     """`skip`: rows that cannot move a weight (advantage 0, or cut off and masked) take no forward and no backward. The
     metrics `entropy` and `clip_ratio/…` are then about the other rows. Off by itself where such a row would count: with
-    a KL penalty, an entropy bonus, a router loss, or a quantile of entropies over the batch.
+    a KL penalty or a router's loss.
     `trim`: rows of like length go together, without the padding of the others; models with rotary positions only.
     `project`: only completion tokens are projected to the vocabulary (TRL projects all positions on a CPU).
-    `correct`: truncated importance weights π_old/π_rollout where a `rollout_func` returned log-probabilities, by the
-    trainer's `vllm_importance_sampling_*` settings, and logged under TRL's names. TRL takes an extra forward for this;
-    here the loss's own serves, where generations and optimiser steps are aligned.
+    `correct`: truncated importance weights π_trained/π_rollout for each token where a `rollout_func` returned
+    log-probabilities, at most `vllm_importance_sampling_clip_max`, and logged under TRL's names. TRL takes an extra
+    forward for this, and only for vLLM; here the loss's own serves.
     """
 
     skip: bool = False
@@ -60,10 +59,9 @@ def trainer_class(levers: Levers) -> type:
             if self._made is not None:
                 made, self._made = self._made, None
                 return made
-            plain = not compute_aux_loss and all(value is None for value in images.values())
             compact = levers.project and input_ids.device.type == "cpu"
             with patch.object(utils, "_use_triton", lambda _: True) if compact else _nothing():
-                if not (levers.trim and plain and _rotary(self.model)):
+                if not levers.trim or compute_aux_loss or not _rotary(self.model):
                     return super()._get_per_token_logps_and_entropies(
                         model,
                         input_ids,
@@ -81,9 +79,7 @@ def trainer_class(levers: Levers) -> type:
         ) -> Any:
             """As the method above, over rows sorted by length; what is cut away is zero, as TRL leaves it."""
             count, width = input_ids.shape
-            # Ranks must pass the model equally often where it is sharded, so only a lone process takes more passes.
-            small = input_ids.device.type == "cpu" and self.accelerator.num_processes == 1
-            size = min(ROWS if small else count, batch_size or count)
+            size = min(ROWS if input_ids.device.type == "cpu" else count, batch_size or count)
             order = attention_mask.sum(1).argsort(stable=True)
             found = [input_ids.new_zeros((count, keep), dtype=torch.float32) for _ in range(1 + entropy)]
             for start in range(0, count, size):
@@ -104,42 +100,26 @@ def trainer_class(levers: Levers) -> type:
             return found[0], found[1] if entropy else None, None
 
         def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
-            scale = 1.0
-            if levers.skip and self._may_skip(inputs):
-                mask = self._mask(inputs)
-                count, tokens = len(mask), mask.sum().clamp(min=1.0)
-                advantages = inputs["advantages"].reshape(count, -1)
-                counted = (advantages != 0).any(1) & mask.any(1)
-                if not counted.any():
-                    if self.accelerator.num_processes == 1:
-                        return self._no_loss()
-                    counted[0] = True  # the other ranks wait for this one's part in their gradients
+            if levers.skip and self.beta == 0.0 and not self.aux_loss_enabled:
+                counted = (inputs["advantages"] != 0) & inputs["completion_mask"].any(1)
+                if self.accelerator.num_processes > 1:
+                    counted = self._as_many_everywhere(counted)
+                elif not counted.any():
+                    return self._no_loss()
                 inputs = {
                     name: value[counted] if torch.is_tensor(value) and value.dim() else value
                     for name, value in inputs.items()
                 }
-                if self.loss_type in PER_ROW:
-                    scale = float(counted.sum()) / count
-                elif self.loss_type == "bnpo":
-                    scale = self._mask(inputs).sum().clamp(min=1.0) / tokens
             if levers.correct and inputs.get("sampling_per_token_logps") is not None:
                 inputs = self._corrected(model, inputs)
-            loss: Any = super()._compute_loss(model, inputs)  # type: ignore[no-untyped-call]
-            return loss * scale
+            return super()._compute_loss(model, inputs)  # type: ignore[no-untyped-call]
 
-        def _may_skip(self, inputs: dict[str, Any]) -> bool:
-            return bool(
-                self.model.training
-                and self.beta == 0.0
-                and not self._entropy_bonus_enabled
-                and not self.aux_loss_enabled
-                and self.top_entropy_quantile == 1.0
-                and "pixel_values" not in inputs
-            )
-
-        def _mask(self, inputs: dict[str, Any]) -> Any:
-            mask = inputs["completion_mask"]
-            return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+        def _as_many_everywhere(self, counted: Any) -> Any:
+            """The rows that count, and of the others so many that each process has as many rows, at least one: they
+            pass the model equally often, and gather metrics and gradients of one shape."""
+            most = max(int(self.accelerator.gather(counted.sum()).max()), 1)
+            others = (~counted).nonzero().flatten()
+            return counted.index_fill(0, others[: most - int(counted.sum())], True)
 
         def _no_loss(self) -> Any:
             """Zero, with a gradient of zeros for each weight: the optimiser's moments decay as after TRL's own step."""
@@ -157,41 +137,27 @@ def trainer_class(levers: Levers) -> type:
                 compute_entropy=True,
                 compute_aux_loss=self.aux_loss_enabled,
             )
-            old = inputs.get("old_per_token_logps")
-            old = self._made[0].detach() if old is None else old
-            ratio = self._importance(old, inputs["sampling_per_token_logps"], self._mask(inputs))
-            if self.loss_type == "vespo":  # it weighs sequences by itself
-                return inputs | {"importance_sampling_ratio": ratio}
-            return inputs | {"advantages": inputs["advantages"].reshape(len(ratio), -1) * ratio}
-
-        def _importance(self, old: Any, sampled: Any, mask: Any) -> Any:
-            """π_old/π_rollout by TRL's four modes: (rows, tokens), or (rows, 1) for a whole sequence. A token whose
-            log-probability is not known (NaN) weighs 1."""
-            mode, low, high = (
-                self.vllm_importance_sampling_mode,
-                self.vllm_importance_sampling_clip_min,
-                self.vllm_importance_sampling_clip_max,
+            ratio = self._importance(
+                self._made[0].detach(), inputs["sampling_per_token_logps"], inputs["completion_mask"]
             )
-            apart = torch.nan_to_num((old - sampled) * mask, nan=0.0)
-            whole = mode.startswith("sequence")
-            ratio = (apart.sum(-1, keepdim=True) if whole else apart).exp()
-            if mode.endswith("truncate"):
-                ratio = ratio.clamp(min=low, max=high)
-            else:
-                outside = torch.zeros_like(ratio, dtype=torch.bool)
-                outside |= ratio < low if low is not None else False
-                outside |= ratio > high if high is not None else False
-                ratio = ratio.masked_fill(outside, 0.0)
-            known = mask.bool() & ~torch.isnan(sampled)
-            log = self._metrics["train" if self.model.training else "eval"]
+            return inputs | {"advantages": inputs["advantages"].unsqueeze(1) * ratio}
+
+        def _importance(self, trained: Any, sampled: Any, mask: Any) -> Any:
+            """π_trained/π_rollout, (rows, tokens), truncated. A token whose log-probability is not known (NaN) weighs
+            1."""
+            ratio = torch.nan_to_num((trained - sampled) * mask, nan=0.0).exp()
+            ratio = ratio.clamp(max=self.vllm_importance_sampling_clip_max)
+            log = self._metrics["train"]
             for name, values in (
-                ("sampling/sampling_logp_difference", (old - sampled).abs()[known]),
-                ("sampling/importance_sampling_ratio", ratio.flatten() if whole else ratio[mask.bool()]),
+                ("sampling/sampling_logp_difference", (trained - sampled).abs()[mask.bool() & ~torch.isnan(sampled)]),
+                ("sampling/importance_sampling_ratio", ratio[mask.bool()]),
             ):
-                if values.numel():
-                    log[f"{name}/min"].append(values.min().item())
-                    log[f"{name}/mean"].append(values.mean().item())
-                    log[f"{name}/max"].append(values.max().item())
+                if not values.numel():
+                    values = values.new_full((1,), float("nan"))
+                found = self.accelerator.gather(torch.stack([values.min(), values.mean(), values.max()])[None])
+                log[f"{name}/min"].append(utils.nanmin(found[:, 0]).item())
+                log[f"{name}/mean"].append(found[:, 1].nanmean().item())
+                log[f"{name}/max"].append(utils.nanmax(found[:, 2]).item())
             return ratio
 
     return LeveredTrainer

@@ -16,6 +16,7 @@ from delib.errors import StageError, UserError
 from delib.models import embedded
 from delib.models.calls import together
 from delib.models.gguf_file import FAMILIES, to_gguf
+from delib.training import processes
 from delib.training.reward import Run
 from delib.training.rollouts import Ids, Journal, Rollout, encoded, result
 
@@ -77,7 +78,7 @@ def by_server(
     tokenizer: Any,
     ids_of: Ids,
     journal: Journal,
-    file: LiveGguf,
+    file: LiveGguf | None,
     run: Run,
     grade: Callable[[int, int, str, str, list[int]], Any],
     *,
@@ -88,7 +89,8 @@ def by_server(
     seed: int,
 ) -> Callable[[list[str], Any], dict[str, Any]]:
     """A rollout function that starts a server with the weights of the step. `grade(step, place, prompt_id, sent, ids)`,
-    a coroutine, is begun for each completion as it ends, while others are still written.
+    a coroutine, is begun for each completion as it ends, while others are still written. In several processes the one
+    that leads has the file, writes for all, and tells the others.
 
     llama.cpp knows more tokens that end a turn than the model declares, by their text (`<|endoftext|>`). What it ends
     on is an end, as in evaluate: such tokens are added to `ends` and to the trainer's.
@@ -109,7 +111,8 @@ def by_server(
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_read=1800)
-        connector = aiohttp.TCPConnector(limit=embedded.SLOTS)
+        # No connection is used twice: the server closes idle ones, and a judge may hold this loop for longer than that.
+        connector = aiohttp.TCPConnector(limit=embedded.SLOTS, force_close=True)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
 
             async def one(place: int, name: str, sent: str, ids: list[int]) -> Rollout:
@@ -146,8 +149,7 @@ def by_server(
 
             return await together(*(one(*row) for row in rows))
 
-    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        step = trainer.state.global_step
+    def written(step: int, prompts: list[str], file: LiveGguf, trainer: Any) -> list[Rollout]:
         names, sent = ids_of(step), encoded(tokenizer, prompts)
         stored = journal.of(step, names)
         rows = [(n, *row) for n, row in enumerate(zip(names, prompts, sent, strict=True))]
@@ -164,11 +166,17 @@ def by_server(
                 ) from error
             address = server.listening_address
         try:
-            made = run(write(address, step, rows, stored))
-            trainer.eos_token_ids = sorted(ends)
-            return result(sent, made)
+            made: list[Rollout] = run(write(address, step, rows, stored))
+            return made
         finally:
             del server
+
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        every = processes.gathered(prompts)
+        made = processes.spread(written(trainer.state.global_step, every, file, trainer) if file else None)
+        ends.update(r.ids[-1] for r in made if r.ended)
+        trainer.eos_token_ids = sorted(ends)
+        return result(encoded(tokenizer, prompts), processes.part(made))
 
     return rollout
 

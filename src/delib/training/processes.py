@@ -1,16 +1,17 @@
 """The processes of a training stage: each is started by `accelerate launch` or torchrun, and knows its rank.
 
 In: the environment that the launcher sets, and `recipe.accelerate`. One process leads: it alone writes records,
-manifests and progress; the others wait for it where the run folder changes.
+manifests and progress, and asks RL's judge; the others wait for it where the run folder changes, and are told.
 """
 
 import os
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -21,6 +22,10 @@ from delib.training import fitting
 
 LAUNCHED = "DELIB_LAUNCHED"
 """Set for what `launch` starts: a launcher that starts one process sets no rank."""
+PATIENCE = timedelta(hours=6)
+"""How long one process waits for another before it gives up: a judge may take longer over a step of RL than the minutes
+that torch waits by itself. A process that ends is seen at once, by the launcher."""
+Row = TypeVar("Row")
 
 
 def count() -> int:
@@ -46,7 +51,7 @@ def wait(recipe: Recipe) -> None:
     if count() > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=recipe.device == "cpu").wait_for_everyone()
+        PartialState(cpu=recipe.device == "cpu", timeout=PATIENCE).wait_for_everyone()
 
 
 def close(recipe: Recipe) -> None:
@@ -56,6 +61,33 @@ def close(recipe: Recipe) -> None:
         from accelerate import PartialState
 
         PartialState().destroy_process_group()
+
+
+def gathered(rows: list[Row]) -> list[Row]:
+    """The rows of all processes, in the order of their ranks. All of them must come here."""
+    if count() == 1:
+        return rows
+    from accelerate.utils import gather_object
+
+    made: list[Row] = gather_object(rows)
+    return made
+
+
+def spread(value: Row | None) -> Row:
+    """What the process that leads has, for all of them; the others give None."""
+    found = [value]
+    if count() > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(found)
+    assert found[0] is not None
+    return found[0]
+
+
+def part(rows: list[Row]) -> list[Row]:
+    """This process's own of the rows that `gathered` gave."""
+    rank, size = int(os.environ["RANK"]) if count() > 1 else 0, len(rows) // count()
+    return rows[rank * size : (rank + 1) * size]
 
 
 def launch(recipe: Recipe, stage: str, run: Path) -> None:
@@ -98,7 +130,7 @@ def planned(recipe: Recipe) -> int:
     return count() if launched() else int(config(recipe).get("num_processes", 1))
 
 
-def devices(recipe: Recipe, stage: str) -> None:
+def devices(recipe: Recipe) -> None:
     """Raises UserError where the GPUs in sight are none, or more than the processes that train."""
     if recipe.device != "cuda":
         return
@@ -108,8 +140,6 @@ def devices(recipe: Recipe, stage: str) -> None:
         raise UserError("device: cuda, but torch sees no GPU here; set device: cpu, or mend the driver")
     seen = torch.cuda.device_count()
     if seen > 1 and "LOCAL_RANK" not in os.environ:
-        if stage == "rl":
-            raise UserError(f"device: cuda with {seen} GPUs, and rl runs in one process; set CUDA_VISIBLE_DEVICES=0")
         raise UserError(
             f"device: cuda with {seen} GPUs needs a process for each: name a config file as `accelerate`, or let one "
             "be seen with CUDA_VISIBLE_DEVICES"
@@ -133,14 +163,30 @@ def rows_at_once(recipe: Recipe, processes: int) -> int:
     return rows
 
 
+def completions_at_once(recipe: Recipe, processes: int) -> int:
+    """Completions of an RL step that each process writes and learns from; a group may lie on two of them, and its mean
+    is over all of it. Raises UserError where they do not add up to the step's."""
+    whole = recipe.rl.prompts * recipe.rl.group
+    if whole % processes:
+        raise UserError(
+            f"rl.prompts: {whole} completions a step (prompts x group) can not be parted among {processes} processes; "
+            f"let them be a multiple of {processes}"
+        )
+    return whole // processes
+
+
 def problems(recipe: Recipe) -> list[str]:
     """What of `accelerate`, `device`, batch sizes and adapter does not fit together."""
     told = fitting.targets(recipe, "sft", recipe.sft.lora)
     try:
         found = config(recipe)
-        rows_at_once(recipe, planned(recipe))
     except UserError as error:
         return told + error.problems
+    for parted in (rows_at_once, completions_at_once):
+        try:
+            parted(recipe, planned(recipe))
+        except UserError as error:
+            told += error.problems
     kind = str(found.get("distributed_type", "NO"))
     if kind in ("FSDP", "DEEPSPEED") and recipe.device == "cpu":
         told.append(f"accelerate: {kind} needs GPUs; set device: cuda, or take a config file for the CPU")
@@ -149,8 +195,15 @@ def problems(recipe: Recipe) -> list[str]:
         told.append(
             f"accelerate: mixed_precision is {mixed}, and dtype {recipe.dtype}; let the file say what dtype says"
         )
-    if kind == "DEEPSPEED" and sharded(recipe) and recipe.sft.lora is not None:
-        told.append("sft.lora: ZeRO-3 takes no adapter in float32 beside other weights; take FSDP or zero_stage 2")
+    for stage, lora in (("sft", recipe.sft.lora), ("rl", recipe.rl.lora)):
+        if kind == "DEEPSPEED" and sharded(recipe) and lora is not None:
+            told.append(
+                f"{stage}.lora: ZeRO-3 takes no adapter in float32 beside other weights; take FSDP or zero_stage 2"
+            )
+    if sharded(recipe) and recipe.rl.rollouts == "llamacpp":
+        told.append(
+            f"rl.rollouts: llamacpp needs all weights in one process, and {kind} parts them; set it to transformers"
+        )
     if kind == "MULTI_CPU":
         told.append(
             "accelerate: MULTI_CPU starts several processes by MPI alone; MULTI_GPU does so without, on a CPU too"

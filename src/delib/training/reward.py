@@ -3,7 +3,8 @@
 In: the token ids of completions. Out: a reward in 0…1 for each, or None (it leaves its group), every graded completion
 in the stage's `records.jsonl`, and figures for the log. Rewards are computed here alone, since TRL takes a None beside
 another function's number as 0. What was graded is never graded again: samples are on disk one by one, and after a kill
-they are read back by step, prompt and place.
+they are read back by step, prompt and place. In several processes the one that leads grades for all: one judge, one
+budget, one writer.
 """
 
 from collections.abc import Callable, Coroutine, Sequence
@@ -16,6 +17,7 @@ from delib.models.calls import together
 from delib.records import Completion, Prompt, Sample, Verdict
 from delib.run import StageFolder
 from delib.spec import Spec
+from delib.training import processes
 from delib.training.monitor import Graded, Monitor
 
 MALFORMED_REWARD = 0.0
@@ -64,7 +66,7 @@ class Reward:
     template opened, so that no tag can vanish and let the judge read the reasoning. A completion that ends on none of
     the tokens `ends` was cut off. `cut_off_leaves`: then it has no reward; otherwise the lowest. `exact`: prompts with
     expected answers are rewarded by them and cost no judge call. `steps`: those that are done for good; their samples
-    are the monitor's start.
+    are the monitor's start. `judge`: None in a process that does not lead.
     """
 
     __name__ = "judged_answer"
@@ -72,7 +74,7 @@ class Reward:
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        judge: Judge,
+        judge: Judge | None,
         run: Run,
         spec: Spec,
         tokenizer: Any,
@@ -113,6 +115,7 @@ class Reward:
             if self.exact and prompt.expected:
                 verdicts = [by_expected(completion, prompt.expected)]
             else:
+                assert self.judge is not None
                 shown = completion.model_copy(update={"reasoning": None, "text": completion.answer})
                 verdicts = await self.judge.grade(prompt, shown, "answer", 1)
         sample = Sample(
@@ -137,14 +140,22 @@ class Reward:
         log_metric: Callable[[str, float], None],
         **_: Any,
     ) -> list[float | None]:
-        step = trainer_state.global_step
-        rows = zip(self.indices(step), prompt_id, prompts, completion_ids, strict=True)
-        samples = self.run(together(*(self.grade(*row) for row in rows)))
+        rows = processes.gathered(list(zip(prompt_id, prompts, completion_ids, strict=True)))
+        made = self.graded(trainer_state.global_step, rows) if processes.leads() else None
+        rewards, figures = processes.spread(made)
+        for name, value in figures.items():
+            log_metric(f"monitor/{name}", value)
+        return processes.part(rewards)
+
+    def graded(
+        self, step: int, rows: Sequence[tuple[str, str, list[int]]]
+    ) -> tuple[list[float | None], dict[str, float]]:
+        """The rewards of a whole step, and the monitor's figures. A row: prompt id, what was sent, the completion."""
+        samples = self.run(together(*(self.grade(n, *row) for n, row in zip(self.indices(step), rows, strict=True))))
         graded = [Graded(sample, reward_of(sample)) for sample in samples]
-        for name, value in self.monitor.step(step, graded).items():
-            if name != "step" and not isinstance(value, str):
-                log_metric(f"monitor/{name}", value)
-        return [reward for _, reward in graded]
+        figures = self.monitor.step(step, graded)
+        told = {name: value for name, value in figures.items() if name != "step" and not isinstance(value, str)}
+        return [reward for _, reward in graded], told
 
     def close(self) -> list[Sample]:
         """All samples, in the order of steps; on disk too, whatever order they were graded in."""

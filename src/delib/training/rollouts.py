@@ -2,6 +2,8 @@
 
 In: the prompts of a step, already repeated for their groups, and the trainer with the current weights. Out: what TRL's
 `rollout_func` returns: `prompt_ids`, `completion_ids`, `logprobs` (None where the trainer's own model sampled them).
+Several processes each write a part of a step. The one that leads keeps the journal of all of it, so that the file has
+one writer, and a run goes on in another number of processes.
 """
 
 import base64
@@ -11,6 +13,7 @@ from typing import Any
 
 from delib.records import Record
 from delib.run import StageFolder
+from delib.training import processes
 
 JOURNAL = "rollouts"
 """The journal's folder among the trainer's checkpoints; it goes with them."""
@@ -18,8 +21,8 @@ JOURNAL = "rollouts"
 
 class Rollout(Record):
     """One completion as it was sampled. `rng`: the sampler's state after its generation, with the last one of a step
-    that the trainer's own model wrote, so that a replayed step leaves the same draws to the next. `ended`: a server
-    stopped at the last token because it ends the turn."""
+    that a process wrote by the trainer's own model, so that a replayed step leaves the same draws to the next. `ended`:
+    a server stopped at the last token because it ends the turn."""
 
     step: int
     place: int
@@ -42,7 +45,8 @@ class Journal:
         self.folder = StageFolder(scratch / JOURNAL)
         self.folder.path.mkdir(parents=True, exist_ok=True)
         rows = [r for r in self.folder.stream(Rollout) if r.step >= steps]
-        self.folder.replace(rows)
+        if processes.leads():
+            self.folder.replace(rows)
         self.made = {(r.step, r.place): r for r in rows}
 
     def of(self, step: int, prompt_ids: Sequence[str]) -> list[Rollout | None]:
@@ -51,7 +55,8 @@ class Journal:
         return [r if r and r.prompt_id == ident else None for r, ident in zip(found, prompt_ids, strict=True)]
 
     def add(self, rollout: Rollout) -> None:
-        self.folder.append(rollout)
+        if processes.leads():
+            self.folder.append(rollout)
         self.made[rollout.step, rollout.place] = rollout
 
 
@@ -65,26 +70,30 @@ def encoded(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def by_trainer(tokenizer: Any, ids_of: Ids, journal: Journal) -> Callable[[list[str], Any], dict[str, Any]]:
-    """The trainer's own model samples, as TRL does it without a rollout function."""
+    """The trainer samples, as TRL does it without a rollout function: by its own model, or by vLLM."""
     import torch
+
+    def sampled(step: int, names: list[str], sent: list[list[int]], trainer: Any) -> list[Rollout]:
+        """This process's part of a step."""
+        completions, logprobs = trainer._generate_single_turn(sent, None, {}, trainer.num_generations)
+        state = base64.b64encode(_rng(torch)).decode()
+        places = processes.part(list(enumerate(names)))
+        rows = zip(places, completions, logprobs or [None] * len(sent), strict=True)
+        made = [Rollout(step=step, place=n, prompt_id=name, ids=ids, logprobs=p) for (n, name), ids, p in rows]
+        return [*made[:-1], made[-1].model_copy(update={"rng": state})]
 
     def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
         step = trainer.state.global_step
         names, sent = ids_of(step), encoded(tokenizer, prompts)
-        stored = journal.of(step, names)
-        last = stored[-1]
-        if last is not None and last.rng is not None and all(stored):
-            _set_rng(last.rng)
-            return result(sent, [r for r in stored if r])
-        completions, _ = trainer._generate_single_turn(sent, None, {}, trainer.num_generations)
-        state = base64.b64encode(_rng(torch)).decode()
-        made = [
-            Rollout(step=step, place=n, prompt_id=name, ids=ids, rng=state if n == len(names) - 1 else None)
-            for n, (name, ids) in enumerate(zip(names, completions, strict=True))
-        ]
-        for row in made:
-            journal.add(row)
-        return result(sent, made)
+        made = [r for r in journal.of(step, names) if r]
+        if len(made) < len(names):  # in all processes alike: each read the journal when it started
+            made = processes.gathered(sampled(step, names, sent, trainer))
+            for row in made:
+                journal.add(row)
+        own = processes.part(made)
+        if own[-1].rng is not None:
+            _set_rng(own[-1].rng)
+        return result(sent, own)
 
     return rollout
 
