@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: install run test test-slow check clean
+.PHONY: install run test test-slow check docs clean
 
 install: .venv/installed
 
@@ -30,5 +30,14 @@ check: install
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 
+# The site of docs/, in site/; it has an environment of its own, for it needs nothing of delib.
+docs: .venv-docs/installed
+	.venv-docs/bin/mkdocs build --strict
+
+.venv-docs/installed: requirements-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet -r requirements-docs.txt
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-docs site

@@ -7,15 +7,17 @@ SOURCE = Path(__file__).parent.parent / "src" / "delib"
 FLOORS = [
     {"errors", "records", "stats"},
     {"spec", "run", "recipe", "chat", "progress", "sources", "overlap"},
-    {"models", "judges", "evals", "labelling", "authoring", "training"},
+    {"models", "judges", "evals", "labelling", "authoring", "training", "made_with", "coverage"},
     {"stages"},
-    {"opener", "life", "pack"},
+    {"opener", "life", "pack", "wiring", "reference", "view", "view_lives"},
+    {"preflight"},
     {"evals.building", "evals.capability", "evals.loaders", "evals.provider", "evals.registry", "evals.scorers"}
     | {"evals.suites"},
     {"pipeline"},
-    {"talk", "compare", "export", "plan", "measure"},
-    {"export_model", "model_card", "pareto", "serving", "tables"},
-    {"cli"},
+    {"talk", "compare", "export", "plan", "measure", "doctor", "order"},
+    {"ablate", "export_model", "model_card", "pareto", "serving", "tables", "diff", "calls_left", "changes"},
+    {"completing"},
+    {"cli", "cli_figures", "cli_groups", "cli_help"},
 ]
 HEAVY = {
     "torch",

@@ -157,4 +157,4 @@ def test_a_second_judge_changes_no_answer(tmp_path, monkeypatch):
     assert other.key("evaluate") != one.key("evaluate")
     manifest = run.stage("evaluate").manifest().model_copy(update={"detail": {"judges": ["compact"]}})
     (run.stage("evaluate").path / "manifest.json").write_text(manifest.model_dump_json())
-    assert one._graded("evaluate") and not two._graded("evaluate") and two._graded("sft")
+    assert one.graded("evaluate") and not two.graded("evaluate") and two.graded("sft")

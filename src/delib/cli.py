@@ -10,27 +10,33 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from delib import __version__
+from delib import __version__, completing
+from delib.cli_figures import figures_app
+from delib.cli_groups import models_app, prompts_app, spec_app
+from delib.cli_help import Panels
 from delib.errors import StageError, UserError
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split(":")[0]
-)
-spec_app = typer.Typer(no_args_is_help=True, help="Work on a written policy.")
-models_app = typer.Typer(no_args_is_help=True, help="Fetch models.")
-prompts_app = typer.Typer(help="Load, check and split the prompts of a run, or check a file of them.")
+EXIT_CODES = "Exit codes: 0 done, 1 a stage stopped, 2 a mistake in the input, 130 interrupted."
+app = typer.Typer(cls=Panels, no_args_is_help=True, pretty_exceptions_enable=False, epilog=EXIT_CODES)
+app.add_typer(figures_app)
 app.add_typer(spec_app, name="spec")
 app.add_typer(models_app, name="models")
 app.add_typer(prompts_app, name="prompts")
 
 RunOption = Annotated[Path, typer.Option("--run", help="The run folder.", show_default=False)]
-SetOption = Annotated[list[str], typer.Option("--set", help="Change a recipe key, such as sft.epochs=1.")]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", help="Change a recipe key, such as sft.epochs=1.", autocompletion=completing.keys),
+]
+RECIPE = typer.Argument(help="A recipe: a file, or a shipped one, such as small.", autocompletion=completing.recipes)
 STAGE_HELP = {
     "generate": "Let the teacher write reasoning and answers, with the spec in its context.",
     "filter": "Judge the completions and keep the best.",
     "distill": "Take the spec out and write the training examples.",
     "sft": "Train on the examples.",
     "rl": "Train with the judge as reward; it does not see the reasoning.",
+    "cold_start": "Teach the form alone, for RL without SFT.",
+    "rl_only": "Train as rl, from the cold start.",
     "evaluate": "Measure all arms on the held-out prompts.",
     "report": "Write the report.",
 }
@@ -46,32 +52,80 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 
 @app.command()
 def run(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe: a file, or quickstart or small.")] = None,
+    recipe: Annotated[Path | None, RECIPE] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The run folder; runs/NAME when left out.")] = None,
-    to: Annotated[str, typer.Option("--to", help="The last stage to run.")] = "report",
+    to: Annotated[
+        str, typer.Option("--to", help="The last stage to run.", autocompletion=completing.stages)
+    ] = "report",
     set_: SetOption = [],  # noqa: B006 - typer reads the default, nothing changes it
 ) -> None:
     """Run a recipe from its prompts to its report; the same command again goes on where it stopped."""
-    from delib import pipeline
+    from delib import changes, pipeline, progress
     from delib import recipe as recipes
 
     if to not in pipeline.STAGES:
         raise UserError(f"--to {to}: no such stage; one of {', '.join(pipeline.STAGES)}")
     loaded = recipes.load(recipes.shipped(recipe or Path("quickstart")), set_)
     folder = out or Path("runs") / loaded.name
-    pipeline.run_to(pipeline.start_run(loaded, folder), to)
+    ready = pipeline.start_run(loaded, folder)
+    progress.say(changes.tell(ready, to))
+    pipeline.run_to(ready, to)
     if to == "report":
         typer.echo((folder / "report" / "summary.txt").read_text(encoding="utf-8"), nl=False)
         typer.echo(f"The report: {folder / 'report' / 'report.html'}")
 
 
 @app.command()
-def check(
-    recipe: Annotated[Path, typer.Argument(help="A recipe: a file, or quickstart or small.")],
+def ablate(
+    recipe: Annotated[Path, RECIPE],
+    out: Annotated[Path | None, typer.Option("--out", help="The run folder; runs/NAME when left out.")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds, from the recipe's on.")] = 1,
     set_: SetOption = [],  # noqa: B006
 ) -> None:
+    """Train and measure SFT only, RL only, both and neither, over seeds; the same command goes on where it stopped."""
+    from delib import ablate as ablating
+    from delib import recipe as recipes
+
+    loaded = recipes.load(recipes.shipped(recipe), set_)
+    folder = out or Path("runs") / loaded.name
+    typer.echo(ablating.run(loaded, folder, seeds), nl=False)
+    typer.echo(f"The report: {folder / 'ablate.md'}")
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, RECIPE] = None,
+    set_: SetOption = [],  # noqa: B006
+) -> None:
+    """Look at this machine, and at whether the models that a recipe names can be reached; nothing is spent."""
+    from delib import doctor as looking
+
+    found = looking.examine(recipe, set_)
+    typer.echo(looking.report(found), nl=False)
+    raise typer.Exit(2 if any(finding.level == "problem" for finding in found) else 0)
+
+
+@app.command("recipe")
+def recipe_(
+    key: Annotated[
+        str | None, typer.Argument(help="A section or a key of it, such as sft.", autocompletion=completing.sections)
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All of it, as docs/recipe.md has it.")] = False,
+) -> None:
+    """Tell of every key that a recipe may hold what it takes, its default and what it does."""
+    from delib import reference
+
+    typer.echo(reference.markdown() if markdown else reference.text(key), nl=False)
+
+
+@app.command()
+def check(
+    recipe: Annotated[Path, RECIPE],
+    set_: SetOption = [],  # noqa: B006
+    run: Annotated[Path | None, typer.Option("--run", help="Tell what of this run folder it would make anew.")] = None,
+) -> None:
     """Check a recipe and everything it names, before any compute, and print what it will ask of models."""
-    from delib import pipeline, plan
+    from delib import changes, pipeline, plan
     from delib import recipe as recipes
 
     loaded = recipes.load(recipes.shipped(recipe), set_)
@@ -80,6 +134,8 @@ def check(
         raise UserError(problems)
     typer.echo(f"{recipe}: sound")
     typer.echo(plan.table(loaded), nl=False)
+    if run is not None:
+        typer.echo(changes.foretold(loaded, run), nl=False)
 
 
 def _stage(name: str) -> None:
@@ -106,6 +162,25 @@ def show(
 
 
 @app.command()
+def view(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder that the page goes to; RUN/view when left out.")
+    ] = None,
+    no_open: Annotated[bool, typer.Option("--no-open", help="Write the page, and open no browser.")] = False,
+) -> None:
+    """Write a page about a run, its figures, samples and spec, which needs nothing else, and open it."""
+    from delib import view as viewing
+
+    page = viewing.write(run, out)
+    typer.echo(page)
+    if not no_open:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
+
+
+@app.command()
 def chat(
     model: Annotated[
         str, typer.Argument(help="A checkpoint folder, a hub id, smollm2, a GGUF file or an inspect_ai name.")
@@ -114,7 +189,7 @@ def chat(
     hide_reasoning: Annotated[bool, typer.Option("--hide-reasoning", help="Show the answers alone.")] = False,
     system: Annotated[str | None, typer.Option("--system", help="A system message.", show_default=False)] = None,
 ) -> None:
-    """Talk with a model; its reasoning is shown dimmed. An empty line or Ctrl-D ends it."""
+    """Talk with a model, its reasoning shown dimmed, until an empty line or Ctrl-D."""
     from delib import talk
 
     talk.chat(model, max_tokens, hide_reasoning, system)
@@ -144,7 +219,10 @@ def eval_(
     prompts: Annotated[
         str | None, typer.Option("--prompts", help="Prompts: a file, hub:OWNER/NAME:SPLIT or starter:NAME.")
     ] = None,
-    suite: Annotated[str | None, typer.Option("--suite", help="A suite, such as xstest (docs/evaluation.md).")] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", help="A suite, such as xstest (docs/evaluation.md).", autocompletion=completing.suites),
+    ] = None,
     judge: Annotated[
         str | None, typer.Option("--judge", help="A suite's judge: compact, probe, or a model; compact when left out.")
     ] = None,
@@ -178,54 +256,6 @@ def eval_(
     from delib import talk
 
     typer.echo(talk.evaluate_file(model, recipes.path_of(prompts or ""), json_out, limit), nl=False)
-
-
-@app.command()
-def compare(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            help="RUN:ARM, an .eval log of a suite, or a JSON file that 'delib eval' wrote, each of a model."
-        ),
-    ],
-    plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw robustness against over-refusal, as .svg or .png.")
-    ] = None,
-    changed: Annotated[int, typer.Option("--changed", min=0, help="Show N prompts that changed sides.")] = 0,
-) -> None:
-    """Compare models on the same prompts, each with the first: paired differences of each figure, with intervals."""
-    from delib import compare as comparing
-
-    if len(sources) < 2:
-        raise UserError(f"compare: {sources[0]} alone; name at least two models' figures")
-    models = [comparing.read(source) for source in sources]
-    typer.echo(comparing.table(sources, models), nl=False)
-    if changed:
-        typer.echo(comparing.changed(sources, models, changed), nl=False)
-    if plot is not None:
-        from delib import pareto
-
-        typer.echo(pareto.draw(sources, models, plot), nl=False)
-
-
-@app.command()
-def tables(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            help="A run folder, and .eval logs or JSON files of suites, such as sft=FILE for a run's column."
-        ),
-    ],
-    out: Annotated[Path | None, typer.Option("--out", help="Write the markdown here.")] = None,
-) -> None:
-    """Lay out the paper's tables: these models with their intervals, beside the paper's figures."""
-    from delib import tables as laying
-
-    folders = [Path(source) for source in sources if Path(source).is_dir()]
-    if len(folders) > 1:
-        raise UserError(f"tables: {', '.join(map(str, folders))}; one run at a time")
-    files = [source for source in sources if not Path(source).is_dir()]
-    typer.echo(laying.write(folders[0] if folders else None, files, out), nl=False)
 
 
 @app.command()
@@ -277,112 +307,6 @@ def judge_check(
     from delib import talk
 
     typer.echo(talk.judge_check(judge, data, as_json), nl=False)
-
-
-@prompts_app.callback(invoke_without_command=True)
-def prompts_(
-    context: typer.Context,
-    run: Annotated[Path | None, typer.Option("--run", help="The run folder.", show_default=False)] = None,
-) -> None:
-    if context.invoked_subcommand is None:
-        from delib import pipeline
-
-        if run is None:
-            raise UserError("prompts: name a run folder with --run, or a file with 'delib prompts check FILE'")
-        pipeline.open_run(run).execute("prompts")
-
-
-@prompts_app.command("check")
-def prompts_check(
-    file: Annotated[Path, typer.Argument(help="Prompts: a file, or hub:OWNER/NAME:SPLIT.")],
-    spec: Annotated[Path | None, typer.Option("--spec", help="Their spec; the starter's when left out.")] = None,
-    against: Annotated[
-        Path | None, typer.Option("--against", help="Prompts that must stay apart, such as those held out.")
-    ] = None,
-) -> None:
-    """List every problem of a file of prompts with its line; print what it holds, and what to weigh."""
-    from delib import pack
-    from delib import recipe as recipes
-    from delib import spec as specs
-
-    loaded = specs.load(spec or recipes.path_of("starter:spec.md"))
-    typer.echo(pack.check(file, loaded, against), nl=False)
-
-
-@spec_app.command("new")
-def spec_new(
-    file: Annotated[Path, typer.Argument(help="The spec to write; it must not be there yet.")],
-    outline: Annotated[
-        str | None, typer.Option("--outline", help="Start from an outline, ailuminate or agents, without questions.")
-    ] = None,
-) -> None:
-    """Start a spec: answer a few questions, or take an outline; what is left to you is marked TODO."""
-    from delib.authoring import draft
-
-    typer.echo(draft.create(file, outline), nl=False)
-
-
-@spec_app.command("check")
-def spec_check(
-    file: Annotated[Path, typer.Argument(help="A spec in markdown.")],
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors too.")] = False,
-) -> None:
-    """List every structural problem of a spec with its line; of a sound one, what to look at again."""
-    from delib import recipe as recipes
-    from delib.authoring import check as checking
-
-    typer.echo(checking.report(recipes.path_of(str(file)), strict), nl=False)
-
-
-@spec_app.command("show")
-def spec_show(
-    file: Annotated[Path, typer.Argument(help="A spec in markdown, or a shipped one, such as starter:agents.md.")],
-    category: Annotated[
-        str | None, typer.Option("--category", help="Only this category, with its clauses' texts.")
-    ] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page here, with an anchor a clause.")] = None,
-) -> None:
-    """Show a spec: categories, clauses, behaviours and styles."""
-    from delib import recipe as recipes
-    from delib.authoring import show as showing
-
-    typer.echo(showing.report(recipes.path_of(str(file)), category, html), nl=False)
-
-
-@spec_app.command("diff")
-def spec_diff(
-    old: Annotated[Path, typer.Argument(help="The spec before.")],
-    new: Annotated[Path, typer.Argument(help="The spec after.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-) -> None:
-    """Tell what changed, clause by clause, and which categories' prompts it touches."""
-    from delib.authoring import diff
-
-    typer.echo(diff.report(old, new, as_json), nl=False)
-
-
-@spec_app.command("import")
-def spec_import(
-    file: Annotated[Path, typer.Argument(help="A policy document in markdown.")],
-    form: Annotated[str, typer.Option("--format", help="model-spec (OpenAI's layout) or markdown.")],
-    to: Annotated[Path, typer.Option("--to", help="The spec to write; it must not be there yet.")],
-) -> None:
-    """Make a policy document into a spec; tells of every heading what it became, or why it was left out."""
-    from delib.authoring import importing
-
-    typer.echo(importing.report(file, form, to), nl=False)
-
-
-@models_app.command("pull")
-def models_pull(
-    name: Annotated[str, typer.Argument(help="smollm2, or a hub id.")] = "smollm2",
-) -> None:
-    """Fetch a model (and the compact judge's sentence encoder) into the cache, and print its folder."""
-    from delib.judges import encoder
-    from delib.models import weights
-
-    encoder.pull()
-    typer.echo(weights.resolve(name))
 
 
 def main() -> None:

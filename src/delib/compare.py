@@ -207,14 +207,14 @@ def changed(sources: list[str], models: list[Rows], most: int) -> str:
         ]
         told.append(f"\nchanged sides, {sources[0]} against {source}: {len(moved)}, of which {min(most, len(moved))}:")
         for name, key, before, after in moved[:most]:
-            told.append(f"\n{name} {before:g} → {after:g}: {_shown(models[0][key].asked) or key}")
+            told.append(f"\n{name} {before:g} → {after:g}: {shown(models[0][key].asked) or key}")
             told += [
-                f"  {label}: {_shown(rows[key].answer)}" for label, rows in (("first", models[0]), ("second", other))
+                f"  {label}: {shown(rows[key].answer)}" for label, rows in (("first", models[0]), ("second", other))
             ]
     return "\n".join(told) + "\n"
 
 
-def _shown(text: str | None) -> str:
+def shown(text: str | None) -> str:
     """A text in one line, without anything that a terminal would obey, shortened."""
     flat = " ".join((text or "").split())
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in flat[: SHORT + 1])

@@ -82,6 +82,13 @@ class Spec(BaseModel):
     def clauses(self) -> dict[str, Clause]:
         return {c.id: c for c in [*self.general, *(c for cat in self.categories for c in cat.clauses)]}
 
+    @cached_property
+    def ids(self) -> re.Pattern[str]:
+        """What looks like a clause's ID: the form of one of this spec's, or a letter and a number."""
+        shapes = {re.escape(re.sub(r"\d+", "", i)) for i in self.clauses}
+        letters = "|".join(sorted(shapes | {"[A-Z]"}, key=len, reverse=True))
+        return re.compile(rf"\b(?:{letters})\d{{1,3}}\b")
+
     def category(self, name: str) -> Category:
         return next(c for c in self.categories if c.name == name)
 

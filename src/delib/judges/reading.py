@@ -63,9 +63,7 @@ def categories_in(sentence: str, spec: Spec) -> set[str]:
 
 def _ids(text: str, spec: Spec) -> tuple[frozenset[str], frozenset[str]]:
     """Clause IDs in the text: those of the spec, and others of the same form that it does not have."""
-    shapes = {re.sub(r"\d+", "", i) for i in spec.clauses}
-    letters = "|".join(sorted({re.escape(s) for s in shapes} | {"[A-Z]"}, key=len, reverse=True))
-    found = frozenset(re.findall(rf"\b(?:{letters})\d{{1,3}}\b", text))
+    found = frozenset(spec.ids.findall(text))
     known = found & frozenset(spec.clauses)
     return known, found - known
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import jinja2
 
+from delib import coverage
 from delib.evals import labels
 from delib.evals.scoring import JUDGED, by_judge, verdict_of
 from delib.judges.agreement import figures
 from delib.recipe import Arm, Recipe
-from delib.records import Manifest, Metric, Sample
+from delib.records import Manifest, Metric, Prompt, Sample
 from delib.run import Run, StageFolder, write_whole
 from delib.spec import Spec
 
@@ -102,6 +103,7 @@ def run(
         "funnel": {"agreement": None} | manifests["filter"].detail,
         "spent": spent,
         "by": breakdown(found, arms),
+        "coverage": coverage.of(spec, run.stage("prompts").stream(Prompt), (), {}),
         "scatter": scatter(whole, list(arms)),
         "curves": curves(manifests),
         "groups": side_by_side(samples, recipe.report.samples),
