@@ -56,3 +56,5 @@ def test_a_fitted_judge_has_three_members_and_a_model_as_many_runs_as_it_is_aske
     compact = recipe.load(recipe.QUICKSTART, ["filter.runs=4"])
     assert pipeline.check(compact) == ["filter.runs: 4 runs of judge compact, which has three members"]
     assert pipeline.check(recipe.load(recipe.QUICKSTART, ["filter.runs=4", "judge=openai-api/mock/m"])) == []
+    twice = recipe.load(recipe.QUICKSTART, ["evaluate.second_judge=compact"])
+    assert pipeline.check(twice) == ["evaluate.second_judge: compact is the recipe's judge; name another one, or null"]

@@ -81,6 +81,7 @@ run("same", recipe.Recipe(rl=section(steps=1)), prompts_of_rows()[:1])
 RUNS = {"live": section(), "served": section(steps=2, rollouts="llamacpp")}
 
 
+@pytest.mark.slow
 def test_what_two_processes_write_is_learned_from_as_by_one(wide_model, tmp_path):  # noqa: F811
     """Live in two, with draws of their own; then one process replays the same rollouts: the same records, losses and
     weights. So each group has one mean over all of it, on whichever process its completions lie."""

@@ -8,11 +8,11 @@ import re
 import pytest
 
 import view_run
-from delib import view
+from delib import life, view
 from delib.errors import UserError
 from delib.judges.reading import broken
 from delib.records import Manifest, Metric, Prompt, Sample
-from delib.run import Run, StageFolder
+from delib.run import Run, StageFolder, key_of
 from delib.view_lives import Rows, mark
 from test_cli import delib
 
@@ -115,6 +115,23 @@ def test_every_text_of_a_prompt_is_on_the_page_as_it_was(tmp_path, monkeypatch):
             assert told.get("drop") == sample.drop_reason
 
 
+def test_a_models_text_can_not_steer_the_terminal(tmp_path):
+    path = view_run.small(tmp_path / "run")
+    rows = with_text(path, "\x1b]0;mine\x07 a line\nand \u202e another")
+    told = life.tell(path, rows[0].prompt.id)
+    assert "\\x1b]0;mine\\x07 a line\nand \\u202e another" in told
+    assert not [c for c in told if not c.isprintable() and c not in "\n\t"]
+
+
+def with_text(path, text):
+    """The first held-out prompt's answer by rl is `text`."""
+    folder = StageFolder(path / "evaluate" / "rl")
+    rows = folder.records(Sample)
+    made = rows[0].completion.model_copy(update={"text": text})
+    folder.replace([rows[0].model_copy(update={"completion": made}), *rows[1:]])
+    return rows
+
+
 def test_nothing_in_the_page_can_end_a_block_and_only_its_own_script_may_run(tmp_path):
     held = [view_run.prompt(0, "heldout", HOSTILE)]
     run = view_run.make(
@@ -137,6 +154,18 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path):
         handle.write('{"id": "torn')
     data = blocks(view.write(tmp_path / "run"))
     assert data["overview"]["answers"] == [] and len(data["rows"]["rows"]) == 1
+
+
+def test_a_report_of_an_earlier_evaluation_gives_no_figures(tmp_path):
+    path = view_run.small(tmp_path / "run")
+    run = Run(path)
+    evaluated, report = run.stage("evaluate").manifest(), run.stage("report")
+    report.path.mkdir()
+    old = [{"suite": "heldout", "arm": "rl", "name": "not_unsafe", "value": 0.5, "low": 0.4, "high": 0.6, "n": 9}]
+    (report.path / "metrics.json").write_text(json.dumps(old), encoding="utf-8")
+    for made_of, current in ((key_of(evaluated.outputs, 0, {}), True), ("another", False)):
+        report.finish(Manifest(stage="report", recipe="k", inputs={"evaluate": made_of}, outputs={}, counts={}), [])
+        assert ([m.value for m in view._metrics(run)] == [0.5]) is current
 
 
 def test_what_is_wrong_is_told_with_its_mend(made, tmp_path):

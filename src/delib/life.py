@@ -42,7 +42,12 @@ def tell(path: Path, prompt_id: str) -> str:
             if sample.prompt.id == prompt_id and sample.completion:
                 lines += ["", f"## evaluate: {arm}", *_written(sample.completion)]
                 lines += [text for verdict in sample.verdicts for text in _judged(verdict)]
-    return "\n".join(lines)
+    return "".join(c if c.isprintable() or c in "\n\t" else named(c) for c in "\n".join(lines))
+
+
+def named(character: str) -> str:
+    """A control character as its escape, so that what a model wrote cannot steer a terminal."""
+    return character.encode("unicode_escape").decode()
 
 
 def _written(made: Completion) -> list[str]:

@@ -45,6 +45,8 @@ def check(recipe: Recipe) -> list[str]:
             problems.extend(f"{key}: {problem}" for problem in error.problems)
     if recipe.judge in FITTED and recipe.filter.runs > 3:
         problems.append(f"filter.runs: {recipe.filter.runs} runs of judge {recipe.judge}, which has three members")
+    if recipe.evaluate.second_judge == recipe.judge:
+        problems.append(f"evaluate.second_judge: {recipe.judge} is the recipe's judge; name another one, or null")
     if recipe.sft.mix is not None:
         attempt(partial(mix.load, recipe.sft.mix.data))
     return problems + rl.problems(recipe) + processes.problems(recipe)

@@ -22,7 +22,7 @@ from delib.authoring.places import sections
 from delib.coverage import Coverage
 from delib.recipe import Recipe
 from delib.records import Manifest, Metric
-from delib.run import Run, disk_error
+from delib.run import Run, disk_error, key_of
 from delib.spec import Spec
 from delib.stages.report import HEADLINE, TEMPLATES, panels
 from delib.stats import bootstrap, paired
@@ -111,12 +111,14 @@ def _write(target: Path, pieces: Iterator[str]) -> None:
 
 
 def _metrics(run: Run) -> list[Metric]:
-    """The report's figures, which hold those on blind labels too, else evaluate's; none before these stages."""
-    for stage in ("report", "evaluate"):
-        file = run.stage(stage).path / "metrics.json"
-        if run.stage(stage).manifest() is not None and file.exists():
-            return [Metric.model_validate(row) for row in json.loads(file.read_text(encoding="utf-8"))]
-    return []
+    """The report's figures, which hold those on blind labels too, where it was made from this evaluation, else
+    evaluate's; none before these stages."""
+    evaluated, told = run.stage("evaluate").manifest(), run.stage("report").manifest()
+    if evaluated is None:
+        return []
+    current = told is not None and told.inputs.get("evaluate") == key_of(evaluated.outputs, 0, {})
+    file = run.stage("report" if current else "evaluate").path / "metrics.json"
+    return [Metric.model_validate(row) for row in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
 
 
 def overview(
