@@ -8,7 +8,8 @@ import re
 import pytest
 
 import view_run
-from delib import life, view
+from delib import life as life_of
+from delib import view
 from delib.errors import UserError
 from delib.judges.reading import broken
 from delib.records import Manifest, Metric, Prompt, Sample
@@ -118,7 +119,7 @@ def test_every_text_of_a_prompt_is_on_the_page_as_it_was(tmp_path, monkeypatch):
 def test_a_models_text_can_not_steer_the_terminal(tmp_path):
     path = view_run.small(tmp_path / "run")
     rows = with_text(path, "\x1b]0;mine\x07 a line\nand \u202e another")
-    told = life.tell(path, rows[0].prompt.id)
+    told = life_of.tell(path, rows[0].prompt.id)
     assert "\\x1b]0;mine\\x07 a line\nand \\u202e another" in told
     assert not [c for c in told if not c.isprintable() and c not in "\n\t"]
 
