@@ -18,12 +18,11 @@ from pydantic import Field
 
 from delib import made_with
 from delib.errors import UserError
-from delib.evals.scoring import values
+from delib.evals.scoring import metric, values
 from delib.judges.reading import conclude
 from delib.records import Behaviour, Metric, Prompt, Record, Sample
 from delib.run import Run, StageFolder, write_whole
 from delib.spec import Spec
-from delib.stats import bootstrap
 
 TEACHER = "teacher"
 PRECISION, RECALL, SCORE = "citation_precision", "citation_recall", "score"
@@ -150,24 +149,8 @@ def _put(rows: dict[str, ClauseRow], suite: str, arm: str, *piles: _Piles) -> No
     """Add what was found to the rows of the clauses that are in the spec."""
     for pile in piles:
         for (clause, name), found in pile.found.items():
-            graded = [(value, group) for value, group in found if value is not None]
-            value = low = high = None
-            if graded:
-                value, low, high = bootstrap([v for v, _ in graded], groups=[g for _, g in graded])
             if clause in rows:
-                rows[clause].figures.append(
-                    Metric(
-                        suite=suite,
-                        arm=arm,
-                        name=name,
-                        value=value,
-                        low=low,
-                        high=high,
-                        n=len(graded),
-                        n_ungraded=len(found) - len(graded),
-                        by={"clause": clause},
-                    )
-                )
+                rows[clause].figures.append(metric(suite, arm, name, found, {"clause": clause}))
 
 
 def of_run(path: Path) -> Coverage:

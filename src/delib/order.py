@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from delib.evals.scoring import metric
 from delib.records import Metric
-from delib.stats import bootstrap, holm, p_value, paired
+from delib.stats import holm, p_value, paired
 
 SURE = 0.05
 CLAIMS = (("sft", "rl"), ("rl_only", "rl"), ("base", "sft"), ("base", "rl_only"), ("base_spec", "rl"))
@@ -60,16 +61,7 @@ class Difference(NamedTuple):
 def level(figure: str, arm: str, rows: Rows, by: dict[str, str]) -> Metric | None:
     """An arm's figure with its interval over prompts; None where it is about no prompt."""
     about = [(row.figures[figure], row.group) for row in rows.values() if figure in row.figures]
-    graded = [(value, group) for value, group in about if value is not None]
-    if not about:
-        return None
-    value, low, high = (
-        bootstrap([v for v, _ in graded], groups=[g for _, g in graded]) if graded else (None, None, None)
-    )
-    missing = len(about) - len(graded)
-    return Metric(
-        suite="heldout", arm=arm, name=figure, value=value, low=low, high=high, n=len(graded), n_ungraded=missing, by=by
-    )
+    return metric("heldout", arm, figure, about, by) if about else None
 
 
 def difference(

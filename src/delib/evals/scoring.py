@@ -115,7 +115,7 @@ def metrics(samples: Iterable[Sample], spec: Spec, arm: str, suite: str = "heldo
             for label in sorted({str(getattr(p, key) or "none") for p, _ in about}):
                 part = [(p, v) for p, v in about if str(getattr(p, key) or "none") == label]
                 groups.append(({key: label}, part))
-        made.extend(_metric(suite, arm, name, part, by) for by, part in groups)
+        made.extend(metric(suite, arm, name, _grouped(part), by) for by, part in groups)
     return made
 
 
@@ -132,14 +132,20 @@ def by_judge(
     for name in JUDGED:
         about = [(p, found[name]) for p, found in rows if name in found]
         if about and (reads_style or not name.endswith("_style")):
-            made.append(_metric(suite, arm, name, about, who))
+            made.append(metric(suite, arm, name, _grouped(about), who))
     return made
 
 
-def _metric(
-    suite: str, arm: str, name: str, found: list[tuple[Prompt, float | None]], by: dict[str, str] | None
+def _grouped(found: Iterable[tuple[Prompt, float | None]]) -> list[tuple[float | None, str]]:
+    return [(value, prompt.group or prompt.id) for prompt, value in found]
+
+
+def metric(
+    suite: str, arm: str, name: str, found: Sequence[tuple[float | None, str]], by: dict[str, str] | None
 ) -> Metric:
-    graded = [(v, p.group or p.id) for p, v in found if v is not None]
+    """One figure with its interval. `found`: each prompt's value, None where ungraded, and the group that it is
+    resampled in; where none is graded there is no value."""
+    graded = [(value, group) for value, group in found if value is not None]
     value, low, high = (
         bootstrap([v for v, _ in graded], groups=[g for _, g in graded]) if graded else (None, None, None)
     )
