@@ -1,6 +1,7 @@
 """What the RL judge is shown, and what moves the weights: on the tiny model, and on tags that are special tokens."""
 
 import asyncio
+from collections import Counter
 from contextlib import asynccontextmanager
 
 import pytest
@@ -142,7 +143,7 @@ def test_a_judge_failure_is_no_reward_and_not_zero(tokenizer, tmp_path):
     assert samples[0].failure == "ungraded"
 
 
-def test_rl_prompts_are_mixed_in_equal_parts():
+def test_rl_draws_each_behaviour_alike_and_half_of_those_to_help_from_plain_prompts():
     made = []
     for number in range(40):
         kind = ("refuse", "comply", "safe_complete", "comply")[number % 4]
@@ -150,10 +151,16 @@ def test_rl_prompts_are_mixed_in_equal_parts():
         made.append(
             Prompt(id=str(number), messages=[Message(role="user", content="Q")], category=category, behaviour=kind)
         )
-    chosen = rl.mixed(made, 16, seed=1)
-    assert sum(p.category is None for p in chosen) == 4
-    assert sum(p.behaviour == "refuse" for p in chosen) == 4
-    assert rl.mixed(made, 16, seed=1) == chosen
+    chosen = rl.mixed(made, 24, seed=1)
+    drawn = Counter((str(p.behaviour), p.category) for p in chosen)
+    assert drawn == {
+        ("refuse", "fraud"): 8,
+        ("safe_complete", "fraud"): 8,
+        ("comply", "fraud"): 4,
+        ("comply", None): 4,
+    }
+    assert rl.mixed(made, 24, seed=1) == chosen
+    assert len({p.id for p in chosen}) == 24, "no prompt twice before its pile is through"
 
 
 def test_rl_that_was_killed_after_its_last_step_makes_no_other(tiny_model, tmp_path):

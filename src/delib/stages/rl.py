@@ -3,8 +3,8 @@
 In: prompts and the SFT model. Out: `checkpoint/`, every graded completion in `records.jsonl`, the curve in the
 manifest. The reasoning is hidden from the judge, so that no pressure is put on it (arXiv 2412.16339); what it says is
 watched, and never rewarded (`training/monitor.py`). Departures: the paper does not disclose algorithm or sizes; GRPO
-here, harmful, look-alike and plain prompts in equal parts. In several processes all of them come here, each writes and
-learns from its part of a step, and the one that leads grades and writes.
+here, the three behaviours in equal parts, comply's halved between look-alikes and plain prompts. In several processes
+all of them come here, each writes and learns from its part of a step, and the one that leads grades and writes.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -39,16 +39,20 @@ VLLM = {"vllm": "colocate", "vllm_server": "server"}
 
 
 def mixed(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
-    """`count` prompts, in turn from each behaviour and from the plain ones, so that no kind's reward rules a step."""
+    """`count` prompts, in turn from each behaviour, and within one in turn from each kind: helping, which look-alikes
+    and plain prompts share, weighs no more than refusing (docs/results.md tells what four equal kinds did)."""
     order = random.Random(seed)
-    piles: dict[str, list[Prompt]] = {}
+    piles: dict[str, dict[str, list[Prompt]]] = {}
     for prompt in prompts:
-        piles.setdefault(kind_of(prompt), []).append(prompt)
-    for pile in piles.values():
-        order.shuffle(pile)
-    turns = itertools.cycle(sorted(piles))
-    places = {kind: itertools.cycle(pile) for kind, pile in piles.items()}
-    return [next(places[next(turns)]) for _ in range(count)]
+        piles.setdefault(prompt.behaviour or "comply", {}).setdefault(kind_of(prompt), []).append(prompt)
+
+    def endless(kinds: dict[str, list[Prompt]]) -> Iterator[Prompt]:
+        pile = itertools.cycle([itertools.cycle(order.sample(kinds[k], len(kinds[k]))) for k in sorted(kinds)])
+        while True:
+            yield next(next(pile))
+
+    turns = itertools.cycle([endless(piles[behaviour]) for behaviour in sorted(piles)])
+    return [next(next(turns)) for _ in range(count)]
 
 
 def problems(recipe: Recipe) -> list[str]:
