@@ -289,7 +289,7 @@ def test_the_cold_start_has_the_form_and_no_policy():
     assert [(e.prompt_id, e.reasoning) for e in found] == [("plain", "An everyday question. I comply.")]
     with pytest.raises(UserError, match="add such prompts"):
         cold_start.examples_of(examples[1:], prompts, POLICY)
-    whole = recipe.Recipe(sft={"opening_epochs": 2, "epochs": 3, "held_out_share": 0.1, "patience": 2})
+    whole = recipe.Recipe(sft={"epochs": 3, "held_out_share": 0.1, "patience": 2})
     section = cold_start.recipe_of(whole).sft
-    assert (section.epochs, section.opening_epochs, section.patience) == (1, 0, None)
-    assert section.whole_examples == 40 * section.batch_size and section.learning_rate == whole.sft.learning_rate
+    assert (section.epochs, section.patience) == (1, None)
+    assert section.limit == 40 * section.batch_size and section.learning_rate == whole.sft.learning_rate

@@ -63,7 +63,7 @@ def test_the_terminal_shows_all_or_a_section_or_a_key():
     assert "sft.epochs: whole number, at least 1 [2]" in section and "sft.lora.rank" in section
     assert "rl." not in section and "sft.mix.data: text (required)" in section
     assert reference.text("sft.epochs") == (
-        "sft.epochs: whole number, at least 1 [2]\n    Passes over whole examples.\n"
+        "sft.epochs: whole number, at least 1 [2]\n    Passes over the examples.\n"
     )
     with pytest.raises(UserError, match=r"no such key; name a section \(limits, prompts"):
         reference.text("sft.epoch")

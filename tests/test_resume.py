@@ -88,7 +88,7 @@ def test_killed_training_and_evaluation_go_on(recipe_file):
             ]
         ],
     )
-    more = ("--set", "evaluate.max_tokens=128", "--set", "sft.opening_epochs=1", "--set", "sft.decision_weight=4")
+    more = ("--set", "evaluate.max_tokens=128", "--set", "sft.epochs=2", "--set", "sft.decision_weight=4")
     done = run(folder, "whole", "evaluate", *more)
     assert done.returncode == 0, done.stderr
     for stage, step in (("sft", 20), ("rl", 2)):

@@ -123,19 +123,6 @@ def test_the_control_learns_the_answer_alone(tokenizer):
     assert row["weights"].count(4.0) == sft.OPENING - len(most)
 
 
-def test_an_opening_is_an_example_cut_off(tokenizer):
-    example = Example(
-        prompt_id="p",
-        messages=[Message(role="user", content="Hello?")],
-        reasoning="Harmful: " + "why " * 30 + "is told. I refuse.",
-        answer="I'm sorry, I can't help with that, not even a little.",
-    )
-    row = sft.tokenise(example, tokenizer, 4.0)
-    cut = sft.opening_of(row)
-    start = next(n for n, label in enumerate(row["labels"]) if label != -100)
-    assert {name: values[: start + sft.OPENING] for name, values in row.items()} == cut
-
-
 def test_batches_of_like_length_hold_every_row():
     rows = [{"input_ids": [n] * (1 + n * 7 % 50), "labels": []} for n in range(200)]
     found = sft.grouped(rows, 4, random.Random(0))
@@ -145,26 +132,23 @@ def test_batches_of_like_length_hold_every_row():
     assert found == sft.grouped(rows, 4, random.Random(0)) != sft.grouped(rows, 4, random.Random(1))
 
 
-def test_whole_examples_and_openings_are_mixed_but_not_within_a_batch(tokenizer):
+def test_the_batches_of_all_passes_are_mixed(tokenizer):
     examples = [
         Example(
             prompt_id=f"p{n}",
             messages=[Message(role="user", content=f"Hello {n}?")],
-            reasoning="Harmful: " + "why " * 30 + "is told. I refuse.",
+            reasoning="Harmful: " + "why " * (10 + n) + "is told. I refuse.",
             answer="I'm sorry, I can't help with that.",
         )
         for n in range(42)
     ]
     rows = [sft.tokenise(e, tokenizer, 4.0) for e in examples]
-    section = SftSection(opening_epochs=2, epochs=2, whole_examples=30, batch_size=4, decision_weight=4)
+    section = SftSection(epochs=2, limit=30, batch_size=4)
     course = sft.course_of(rows, section, random.Random(0))
-    whole = [row in rows for row in course]
-    assert (len(course), sum(whole)) == (144, 60)
-    assert all(row in rows[:30] for row, is_whole in zip(course, whole, strict=True) if is_whole)
-    full = [whole[i : i + 4] for i in range(0, 136, 4)]
-    assert all(len(set(batch)) == 1 for batch in full)
-    for half in (full[:17], full[17:]):
-        assert 3 < sum(batch[0] for batch in half) < 14
+    assert [course.count(row) for row in rows] == [2] * 30 + [0] * 12
+    shown = [sorted(map(rows.index, course[i : i + 4])) for i in range(0, 56, 4)]
+    assert all(batch == list(range(batch[0], batch[0] + 4)) for batch in shown), "four neighbours in length"
+    assert shown != sorted(shown) and shown != sorted(shown, reverse=True)
     assert course == sft.course_of(rows, section, random.Random(0)) != sft.course_of(rows, section, random.Random(1))
 
 
@@ -179,9 +163,7 @@ def test_the_trainer_shows_the_course_in_its_order(tiny_model, tokenizer, tmp_pa
         )
         for n in range(9)
     ]
-    given = recipe.Recipe(
-        sft=SftSection(opening_epochs=1, epochs=1, batch_size=2, max_tokens=200, decision_weight=2, checkpoint_steps=4)
-    )
+    given = recipe.Recipe(sft=SftSection(epochs=2, batch_size=2, max_tokens=200, decision_weight=2, checkpoint_steps=4))
     seen = []
     kind = sft.trainer_class()
 
@@ -197,7 +179,7 @@ def test_the_trainer_shows_the_course_in_its_order(tiny_model, tokenizer, tmp_pa
     course = [r["input_ids"] for r in sft.course_of(rows, given.sft, random.Random(0))]
     shown = [ids for batch in seen for ids in batch]
     assert [ids[: len(want)] for ids, want in zip(shown, course, strict=True)] == course
-    assert made.counts == {"in": 9, "whole": 8, "openings": 8, "dropped": 1, "steps": 8}
+    assert made.counts == {"in": 9, "trained": 8, "dropped": 1, "steps": 8}
     assert (tmp_path / "trainer" / "checkpoint-8").exists()
     again = sft.run(given, examples, tiny_model, StageFolder(tmp_path))
     assert again.counts == made.counts
@@ -468,7 +450,7 @@ def test_ordinary_chat_is_mixed_in_by_share_and_without_held_out_prompts(tiny_mo
     given = recipe.Recipe(sft=SftSection(epochs=2, batch_size=2, decision_weight=2, mix=section))
     made = sft.run(given, short_examples(), tiny_model, StageFolder(tmp_path / "run"), heldout)
     assert made.counts == {
-        "in": 12, "whole": 12, "openings": 0, "dropped": 0, "steps": 16,
+        "in": 12, "trained": 12, "dropped": 0, "steps": 16,
         "mixed": 8, "mix_in_heldout": 1, "mix_malformed": 0,
     }  # fmt: skip
     opened = sft.tokenise(found[0], Opened(tokenizer))
@@ -481,9 +463,7 @@ def test_ordinary_chat_is_mixed_in_by_share_and_without_held_out_prompts(tiny_mo
 
 
 def test_packed_training_ends_in_a_model(tiny_model, tmp_path):
-    section = SftSection(
-        epochs=2, batch_size=2, max_tokens=200, batching="packed", opening_epochs=1, device_batch=1, held_out_share=0.2
-    )
+    section = SftSection(epochs=3, batch_size=2, max_tokens=200, batching="packed", device_batch=1, held_out_share=0.2)
     made = sft.run(recipe.Recipe(sft=section), short_examples(), tiny_model, StageFolder(tmp_path))
     assert made.counts["steps"] < 9
     assert made.detail["kept_step"] == made.counts["steps"]

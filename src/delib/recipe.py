@@ -109,14 +109,14 @@ class MixSection(Section):
     """Conversations that end in the assistant's turn: JSON lines, CSV, parquet or hub:OWNER/NAME:SPLIT
     (docs/training.md). Those that hold a held-out prompt are left out and counted."""
     share: float = Field(default=0.2, gt=0, lt=1)
-    """Their share of the whole examples; less where the set has not so many."""
+    """Their share of the examples; less where the set has not so many."""
 
 
 class SftSection(Section):
     epochs: int = Field(default=2, ge=1)
-    """Passes over whole examples."""
-    whole_examples: int | None = Field(default=None, ge=1)
-    """How many examples these passes take, in turn from each behaviour and the everyday ones, those with the shortest
+    """Passes over the examples."""
+    limit: int | None = Field(default=None, ge=1)
+    """How many examples are trained on, in turn from each behaviour and the everyday ones, those with the shortest
     completions first; null takes all. `plain_share` is about all examples, not about these."""
     mix: MixSection | None = None
     """Ordinary chat that is mixed in; null mixes in none."""
@@ -138,8 +138,6 @@ class SftSection(Section):
     frozen_layers: int = Field(default=0, ge=0)
     """The first layers (and with any, the embeddings) that do not train: faster, and less is forgotten. With `lora`
     they get no adapter."""
-    opening_epochs: int = Field(default=0, ge=0)
-    """Passes over all examples cut off after their reasoning's opening, mixed among the others."""
     decision_weight: float = Field(default=1.0, ge=1)
     """Loss weight of the tokens that decide: a reasoning's opening, clause and conclusion, and the answer's opening.
     The first word of a reasoning weighs the square of this."""

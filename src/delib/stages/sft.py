@@ -2,9 +2,8 @@
 
 In: Examples, in the order in which distill leaves them, and a model folder. Out: `checkpoint/` (safetensors) and the
 curve in the manifest. Resumes from the last trainer checkpoint. Departures from the published method, which does not
-disclose sizes: a small model may keep its first layers frozen or train an adapter, may see the reasoning's opening
-alone for more prompts than it sees whole examples, and the tokens that decide may weigh more; capability data is mixed
-in beside the plain prompts only where the recipe names some.
+disclose sizes: a small model may keep its first layers frozen or train an adapter, and the tokens that decide may weigh
+more; capability data is mixed in beside the plain prompts only where the recipe names some.
 """
 
 import json
@@ -87,27 +86,19 @@ def grouped(rows: list[Row], batch: int, order: random.Random) -> list[list[Row]
 
 
 def course_of(rows: list[Row], section: SftSection, order: random.Random, mixed: list[Row] | None = None) -> list[Row]:
-    """All that training shows, in order: whole examples and openings in batches of their own, in a seeded mix, so that
-    neither is forgotten over the other. Batches that are not full come last and may share one.
+    """All that training shows, in order: the batches of all passes in a seeded mix. Batches that are not full come last
+    and may share one.
 
-    `rows` stand in turn from each behaviour, so that the first `whole_examples` are as mixed as they can be. `mixed`:
-    rows of ordinary chat, each shown once, parted over the passes over whole examples.
+    `rows` stand in turn from each behaviour, so that the first `limit` are as mixed as they can be. `mixed`: rows of
+    ordinary chat, each shown once, parted over the passes.
     """
-    whole = rows[: section.whole_examples]
-    passes = [[opening_of(row) for row in rows] for _ in range(section.opening_epochs)]
-    passes += [whole + (mixed or [])[n :: section.epochs] for n in range(section.epochs)]
+    passes = [rows[: section.limit] + (mixed or [])[n :: section.epochs] for n in range(section.epochs)]
     if section.batching == "packed":
         batches = [[row] for part in passes for row in packed(part, section.max_tokens, order)]
         return [row for batch in order.sample(batches, len(batches)) for row in batch]
     batches = [batch for part in passes for batch in grouped(part, section.batch_size, order)]
     shuffled = sorted(order.sample(batches, len(batches)), key=len, reverse=True)
     return [row for batch in shuffled for row in batch]
-
-
-def opening_of(row: Row) -> Row:
-    """An example cut off after its reasoning's opening: the prompt, how it stands and under which category."""
-    end = row["labels"].count(-100) + OPENING
-    return {name: values[:end] for name, values in row.items()}
 
 
 def packed(rows: list[Row], tokens: int, order: random.Random) -> list[Row]:
@@ -239,7 +230,7 @@ def run(
     if aside and not held:
         raise UserError(f"sft.held_out_share {section.held_out_share}: no example short enough is held out; raise it")
     order = random.Random(recipe.seed)
-    beside = len(rows[: section.whole_examples]) * section.epochs
+    beside = len(rows[: section.limit]) * section.epochs
     mixed, left_out = (
         drawn(section.mix, beside, section.max_tokens, heldout or [], tokenizer, order) if section.mix else ([], {})
     )
@@ -275,8 +266,7 @@ def run(
     history = trainer.state.log_history
     counts = {
         "in": len(examples),
-        "whole": len(rows[: section.whole_examples]),
-        "openings": len(rows) if section.opening_epochs else 0,
+        "trained": len(rows[: section.limit]),
         "dropped": fits.count(False),
         "steps": trainer.state.global_step,
         **left_out,

@@ -44,12 +44,11 @@ def _cites(sentence: str, spec: Spec) -> bool:
 
 
 def recipe_of(recipe: Recipe) -> Recipe:
-    """SFT as the recipe has it, but for one short pass over whole examples, with nothing beside them."""
+    """SFT as the recipe has it, but for one short pass over some examples, with nothing beside them."""
     section = recipe.sft.model_copy(
         update={
             "epochs": 1,
-            "whole_examples": STEPS * recipe.sft.batch_size,
-            "opening_epochs": 0,
+            "limit": STEPS * recipe.sft.batch_size,
             "mix": None,
             "held_out_share": 0.0,
             "patience": None,
