@@ -1,5 +1,6 @@
 """`delib ablate`: whole on the tiny model, killed once and gone on from; figures, order and cold start by hand."""
 
+import asyncio
 import json
 import os
 import signal
@@ -14,13 +15,14 @@ import pytest
 import scripted
 from conftest import SPEC
 from delib import ablate, chat, order, pipeline, recipe, spec
-from delib.errors import UserError
+from delib.errors import StageError, UserError
+from delib.models.calls import Ledger, Reply
 from delib.opener import Opener
 from delib.order import Difference, Row
 from delib.records import Example, Manifest, Message, Prompt, Sample, Verdict
 from delib.run import Run, StageFolder
 from delib.training import cold_start
-from delib.wiring import ABLATION, ARMS, RECORD_STAGES
+from delib.wiring import ABLATION, ARMS, RECORD_STAGES, STAGES
 
 POLICY = spec.parse(SPEC)
 COMMAND = [sys.executable, "-c", "import scripted; scripted.install(); from delib.cli import main; main()"]
@@ -61,13 +63,13 @@ def test_all_arms_over_two_seeds_killed_once(recipe_file, monkeypatch):
     scripted.install(monkeypatch.setitem, monkeypatch.setattr)
     loaded = recipe.load(recipe_file, list(SETTINGS))
     pipeline.run_to(pipeline.start_run(loaded, out), "evaluate")
-    before = stamps(out, *pipeline.STAGES[:-1])
+    before = stamps(out, *STAGES[:-1])
     words = [word for item in SETTINGS for word in ("--set", item)]
     begun = out / "rl_only" / "trainer" / "checkpoint-1" / "trainer_state.json"
     killed_when(folder, begun, "ablate", "recipe.yaml", "--out", "out", *words)
     finished = stamps(out, "cold_start")
     said = ablate.run(loaded, out, 2)
-    assert stamps(out, *pipeline.STAGES[:-1]) == before and stamps(out, "cold_start") == finished
+    assert stamps(out, *STAGES[:-1]) == before and stamps(out, "cold_start") == finished
     assert pipeline.open_run(out).folder("rl_only").manifest().detail["resumed_from"] is not None
     again = stamps(out, "rl_only", "ablate") + stamps(out / "seed-1", *ABLATION)
     assert ablate.run(loaded, out, 2) == said
@@ -117,6 +119,23 @@ def test_a_further_seed_takes_the_records_and_trains_anew(recipe_file, monkeypat
     apart = pipeline.start_run(further.model_copy(update={"data_seed": None}), out / "apart")
     ablate.share(first, apart)
     assert apart.folder("prompts").manifest() is None, "data of another seed are others"
+
+
+def test_the_limits_hold_for_all_seeds_together(recipe_file, monkeypatch):
+    async def spend(ledger: Ledger) -> None:
+        await ledger.reserve("m", 40, 20)
+        ledger.settle("m", 40, 20, Reply("", None, False, {"prompt": 40, "completion": 20}))
+        ledger.write()
+
+    out = recipe_file.parent / "out"
+    monkeypatch.setattr(pipeline, "run_all", lambda run, stages: asyncio.run(spend(run.opener.ledger)))
+    loaded = recipe.load(recipe_file, ["limits.max_tokens=130"])
+    with pytest.raises(StageError, match="120 of 130 tokens are spent"):
+        ablate.run(loaded, out, 3)
+    assert json.loads((out / "spent.json").read_text())["m"]["calls"] == 2
+    assert not list(out.glob("*/spent.json"))
+    with pytest.raises(StageError, match="120 of 130"):
+        ablate.run(loaded, out, 1)
 
 
 class Measured(NamedTuple):
@@ -220,7 +239,11 @@ def test_a_difference_is_of_each_prompts_mean_over_seeds():
     # Prompts: 0 → 1 in both seeds; 0 and 1 as before; 1 → 1 in the first seed; 0 → 1 in the second.
     assert found.mean == pytest.approx((1 + 0 + 0 + 1) / 4)
     assert found.by_seed == pytest.approx([1 / 3, 2 / 3])
-    assert (found.n, found.n_ungraded) == (4, 2)
+    assert (found.n, found.n_ungraded) == (4, 0), "each prompt has a seed in which both are graded"
+    for seed in (0, 1):
+        before[seed]["p4"], after[seed]["p4"] = Row("p4", {"f": 1}), Row("p4", {"f": None})
+    again = order.difference("f", "base", "sft", before, after)
+    assert (again.n, again.n_ungraded) == (4, 1) and again.mean == found.mean
     assert order.difference("other", "base", "sft", before, after) is None
     assert order.difference("f", "base", "sft", [made({"f": [None]})], [made({"f": [1]})]) is None
 

@@ -14,6 +14,7 @@ from delib import cli, pack, spec
 from delib.authoring import check, diff, draft, importing, show
 from delib.authoring.reading import guess
 from delib.errors import UserError
+from delib.models import recorded
 from delib.recipe import STARTER
 from delib.stages import prompts
 
@@ -305,6 +306,50 @@ def test_questions_make_a_sound_spec(tmp_path):
     found = check.warnings(made.text, "s")
     assert len(found) == 5
     assert all("still to do: give the reason" in w for w in found)
+
+
+DEMONSTRATED = [
+    *("Which fund do I buy?", "Restricted: a tip, which IA1 keeps out. I refuse.", "I'm sorry, I can't name one."),
+    *("What is a fund?", "Allowed: <think> a word.", "Allowed: a term, explained by IA2. I comply.", "It pools money."),
+    "",
+    *("What is a fund?", "Что такое фонд?", "Allowed: I2 explains it. I comply.", "Это общие деньги."),
+]
+"""The first question of another category's second clause is one that was asked already; one clause gets none; the last
+is not reached."""
+
+
+def test_demonstrations_are_noted_in_the_form_that_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    typed = "\n".join([*ANSWERS, "y", *DEMONSTRATED]) + "\n"
+    done = CliRunner().invoke(cli.app, ["spec", "new", "new.md"], input=typed)
+    assert done.exit_code == 0, done.output
+    assert "40 to 60" in done.output and "docs/tutorial.md" in done.output
+    assert "mark a model's reasoning; leave them out" in done.output and "already; ask for something" in done.output
+    checked = CliRunner().invoke(cli.app, ["prompts", "check", "prompts.jsonl", "--spec", "new.md"])
+    assert checked.exit_code == 0 and "3 prompts" in checked.output
+    made = prompts.load(Path("prompts.jsonl"), spec.load(Path("new.md")), "train")
+    assert [(p.clause, p.behaviour, p.source) for p in made] == [
+        ("IA1", "refuse", "disallowed"),
+        ("IA2", "comply", "lookalike"),
+        ("C2", "comply", "lookalike"),
+    ]
+    recordings = recorded.load(Path("demonstrations.jsonl"))
+    assert list(recordings) == [p.id for p in made]
+    [last] = recordings["c2-01"]
+    whole = last.completion()
+    assert (whole.reasoning, whole.answer, whole.finish) == (DEMONSTRATED[-2], DEMONSTRATED[-1], "stop")
+
+    done = CliRunner().invoke(cli.app, ["spec", "new", "other.md"], input=typed)
+    assert done.exit_code == 0 and "prompts.jsonl is there already" in done.output
+    assert prompts.load(Path("prompts.jsonl"), None, "train") == made
+
+
+@pytest.mark.parametrize("answers", [[], [""], ["y", "A prompt?", "Restricted: half a demonstration."]])
+def test_without_a_whole_demonstration_there_is_no_file(tmp_path, answers):
+    file = tmp_path / "new.md"
+    done = CliRunner().invoke(cli.app, ["spec", "new", str(file)], input="\n".join([*ANSWERS, *answers]) + "\n")
+    assert done.exit_code == 0 and f"{file} is written" in done.output
+    assert os.listdir(tmp_path) == ["new.md"]
 
 
 def test_new_overwrites_nothing_and_leaves_nothing_half(tmp_path):

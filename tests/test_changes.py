@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import scripted
 from conftest import SPEC, RunningEndpoint, write_rows
 from delib import calls_left, changes, cli, pipeline, recipe
 from delib.errors import UserError
@@ -122,6 +123,18 @@ def test_an_edited_clause_costs_at_most_its_categorys_calls(made, run):
     assert 0 < again <= left <= PROMPTS / 7 * SAMPLES * (1 + RUNS) * 1.05
 
 
+def test_up_to_generate_the_judge_is_told_of_too(made, run):
+    """A live teacher's samples are judged as they come."""
+    edited = made.edited("No help with loans, and no excuse.", "No help with loans, however it is framed.")
+    before, ready = len(made.server.calls()), made.start(run, spec=edited)
+    both = PROMPTS // 7 * SAMPLES * (1 + RUNS)
+    whole = PROMPTS * SAMPLES * (1 + RUNS)
+    assert foreseen(ready, "generate")["generate"] == (both, whole - both)
+    assert f"after prompts; {both} calls to {MODEL} at most, {whole - both} are" in changes.tell(ready, "generate")
+    pipeline.run_to(ready, "generate")
+    assert PROMPTS // 7 * SAMPLES < len(made.server.calls()) - before <= both
+
+
 def test_a_changed_summary_reaches_every_excerpt(made, run):
     ready = made.start(run, spec=made.edited(*SUMMARY))
     told = changes.tell(ready, "filter")
@@ -196,9 +209,18 @@ def test_a_spec_that_is_not_the_runs_is_not_overwritten(made, tmp_path):
         made.start(folder)
     assert [p.name for p in folder.iterdir()] == ["spec.md"] and (folder / "spec.md").read_text() == "# A draft\n"
     (folder / "spec.md").write_text(policy())
-    made.start(folder)
-    made.start(folder, spec=made.edited(*CLAUSE))
+    pipeline.run_to(made.start(folder), "prompts")
+    edited = made.start(folder, spec=made.edited(*CLAUSE))
+    assert CLAUSE[1] not in (folder / "spec.md").read_text(), "nothing has begun yet"
+    pipeline.run_to(edited, "prompts")
     assert CLAUSE[1] in (folder / "spec.md").read_text(), "the run's own copy follows"
+
+
+def test_a_run_without_the_stages_own_copies_is_told_by_its_last_start(made, run):
+    for stage in ("prompts", "generate", "filter"):
+        (run / stage / "recipe.yaml").unlink()
+    ready = made.start(run, "filter.threshold=0.4")
+    assert changes.fates(ready, "filter")["filter"].why == ["filter.threshold 0.0 → 0.4"]
 
 
 def test_calls_for_labels_are_at_most_what_is_told(made, tmp_path):
@@ -253,3 +275,29 @@ def test_of_a_model_that_runs_here_the_most_is_told(made, run):
         ("filter", "smollm2", PROMPTS * SAMPLES, None),
     ]
     assert calls_left.told(rows[1]) == "56 calls to smollm2 at most"
+    rows = calls_left.of(made.start(run, "generate.teacher=smollm2"), ["generate", "filter"], [])
+    assert rows == [
+        ("generate", "smollm2", PROMPTS * SAMPLES, None),
+        ("filter", MODEL, PROMPTS * SAMPLES * RUNS, None),
+    ]
+
+
+def test_an_edit_that_changes_no_example_trains_nothing_anew_by_sft(recipe_file, monkeypatch):
+    scripted.install(monkeypatch.setitem, monkeypatch.setattr)
+    out = recipe_file.parent / "out"
+    pipeline.run_to(pipeline.start_run(recipe.load(recipe_file, ["sft.epochs=1"]), out), "sft")
+    trained = (out / "sft" / "manifest.json").stat().st_mtime_ns
+    (recipe_file.parent / "edited.md").write_text(SPEC.replace("Opening hours, forms", "Opening hours, all forms"))
+    edited = pipeline.start_run(recipe.load(recipe_file, ["sft.epochs=1", "spec=edited.md"]), out)
+    found = changes.fates(edited, "rl")
+    assert found["distill"].why == ["spec"] and found["sft"] == ("sft", "anew", [], ["distill"])
+    assert "sft       made anew, unless distill comes out the same" in changes.tell(edited, "sft")
+    assert [name for name in ("sft", "cold_start", "rl") if "spec" in edited.own_inputs(name)] == ["cold_start", "rl"]
+    pipeline.run_to(edited, "sft")
+    assert (out / "sft" / "manifest.json").stat().st_mtime_ns == trained
+
+    manifest = edited.folder("sft").manifest()
+    counted = manifest.model_copy(update={"inputs": manifest.inputs | {"spec": "of before"}})
+    key = key_of(*edited.basis("sft"), counted.inputs)
+    (out / "sft" / "manifest.json").write_text(counted.model_copy(update={"recipe": key}).model_dump_json())
+    assert changes.fates(edited, "sft")["sft"].why == [changes.OTHER]

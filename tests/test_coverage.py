@@ -12,7 +12,7 @@ from delib.evals.scoring import metrics
 from delib.recipe import Recipe
 from delib.records import Manifest, Message, Prompt, Sample, Verdict
 from delib.run import Run, StageFolder, sha256
-from test_report import STAGES, make_run, report
+from test_report import NOBODY, STAGES, make_run, report
 
 POLICY = spec.parse(SPEC)
 DEMANDS = {"F1": "refuse", "F2": "comply", "K1": "refuse", "K3": "safe_complete", "G1": "comply"}
@@ -149,7 +149,7 @@ def test_a_run_without_samples_yet_tells_its_prompts(tmp_path):
 def test_the_report_names_what_nothing_tests(tmp_path):
     run = make_run(tmp_path)
     run.stage("prompts").replace([prompt("a", "F1"), prompt("b", "F2", "heldout")])
-    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], [], {}, {})
+    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], [], NOBODY, {})
     for name in ("report.html", "report.md"):
         page = (Run(tmp_path).stage("report").path / name).read_text()
         assert "no training prompt exercises: G1, K1, K2, K3, F2." in page

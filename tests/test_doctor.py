@@ -21,8 +21,9 @@ SECRET = "sk-verysecret-0123456789"
 
 
 @contextmanager
-def serving(status: int, body: bytes = b"", seconds: float = 0) -> Iterator[tuple[str, list[str]]]:
-    """An endpoint that gives one reply to everything; its address, and the paths and keys that it was asked with."""
+def serving(status: int, body: bytes = b"", seconds: float = 0, times: int = 1) -> Iterator[tuple[str, list[str]]]:
+    """An endpoint that gives one reply to everything, its body so many times over; its address, and the paths and keys
+    that it was asked with."""
     asked: list[str] = []
     late = threading.Event()
 
@@ -33,7 +34,11 @@ def serving(status: int, body: bytes = b"", seconds: float = 0) -> Iterator[tupl
             self.send_response(status)
             self.send_header("Location", "/elsewhere")
             self.end_headers()
-            self.wfile.write(body)
+            for _ in range(times):
+                try:
+                    self.wfile.write(body)
+                except OSError:  # the other side has closed
+                    return
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -106,6 +111,19 @@ def test_an_endpoint_is_asked_for_its_models_and_nothing_else(monkeypatch, bare,
         found = doctor.reached("openai-api/my-lab/m")
     assert found.level == level and said in found.text
     assert asked == [f"GET /v1/models {f'Bearer {key}' if key else None}"]
+
+
+def test_an_endpoint_that_hardly_ends_is_read_no_further_than_a_list_may_be_long(monkeypatch, bare):
+    names = [f"model-{n}" for n in range(400)]
+    rows = [{"id": name, "description": "d" * 1500} for name in [*names, "m"]]
+    with serving(200, json.dumps({"data": rows}).encode()) as (address, _):
+        monkeypatch.setenv("MOCK_BASE_URL", address)
+        assert doctor.reached("openai-api/mock/m").level == "ok", "half a MiB is a list"
+    monkeypatch.setattr(doctor, "SECONDS", 20)
+    with serving(200, b"x" * 2**16, times=1024) as (address, _):
+        monkeypatch.setenv("MOCK_BASE_URL", address)
+        found = doctor.reached("openai-api/mock/m")
+    assert found.level == "note" and "lists more than 4 MiB; whether it has this one" in found.text
 
 
 def test_an_endpoint_that_is_not_there_or_hangs_is_a_problem(monkeypatch, bare):

@@ -6,16 +6,17 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "delib"
 FLOORS = [
     {"errors", "records", "stats"},
-    {"spec", "run", "recipe", "chat", "progress", "sources", "overlap"},
+    {"spec", "run", "recipe", "chat", "progress", "sources", "overlap", "rendering"},
     {"models", "judges", "evals", "labelling", "authoring", "training", "made_with", "coverage"},
     {"stages"},
-    {"opener", "life", "pack", "wiring", "reference", "view", "view_lives"},
+    {"opener", "on_ray", "life", "pack", "wiring", "reference", "view", "view_lives"},
     {"preflight"},
     {"evals.building", "evals.capability", "evals.loaders", "evals.provider", "evals.registry", "evals.scorers"}
     | {"evals.suites"},
     {"pipeline"},
-    {"talk", "compare", "export", "plan", "measure", "doctor", "order"},
-    {"ablate", "export_model", "model_card", "pareto", "serving", "tables", "diff", "calls_left", "changes"},
+    {"talk", "compare", "export", "plan", "measure", "doctor", "order", "launch"},
+    {"ablate", "export_model", "model_card", "pareto", "serving", "tables", "diff", "calls_left", "changes"}
+    | {"capacity"},
     {"completing"},
     {"cli", "cli_figures", "cli_groups", "cli_help"},
 ]
@@ -35,6 +36,7 @@ HEAVY = {
     "datasketch",
     "peft",
     "pyarrow",
+    "ray",
 }
 
 

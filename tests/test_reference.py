@@ -62,9 +62,7 @@ def test_the_terminal_shows_all_or_a_section_or_a_key():
     section = reference.text("sft")
     assert "sft.epochs: whole number, at least 1 [2]" in section and "sft.lora.rank" in section
     assert "rl." not in section and "sft.mix.data: text (required)" in section
-    assert reference.text("sft.epochs") == (
-        "sft.epochs: whole number, at least 1 [2]\n    Passes over the examples.\n"
-    )
+    assert reference.text("sft.epochs") == ("sft.epochs: whole number, at least 1 [2]\n    Passes over the examples.\n")
     with pytest.raises(UserError, match=r"no such key; name a section \(limits, prompts"):
         reference.text("sft.epoch")
 
@@ -100,7 +98,7 @@ def test_examples_are_commands_that_parse(line):
 
 def test_what_is_completed_is_what_there_is():
     from delib.evals.registry import SUITES
-    from delib.pipeline import STAGES
+    from delib.wiring import STAGES
 
     assert tuple(SUITES) == completing.SUITES
     assert tuple(STAGES) == completing.STAGES

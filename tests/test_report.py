@@ -10,13 +10,17 @@ from delib.errors import UserError
 from delib.evals import labels
 from delib.evals.scoring import metrics
 from delib.pipeline import Pipeline
-from delib.recipe import Recipe
+from delib.recipe import STARTER, Recipe
 from delib.records import Manifest, Message, Prompt, Sample, Verdict
 from delib.run import Run
 from delib.stages import report
 
 POLICY = spec.parse(SPEC)
 HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)> | `x` [a](javascript:alert(3)) \u202e"
+
+
+NOBODY = labels.Blind({}, 0)
+"""Where nobody labelled anything."""
 
 
 def make_run(path) -> Run:
@@ -72,7 +76,7 @@ STAGES = ["prompts", "generate", "filter", "distill", "sft", "rl", "evaluate", "
 
 def test_hostile_output_is_escaped_and_the_page_asks_for_nothing(tmp_path):
     run = make_run(tmp_path)
-    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], [], {}, {})
+    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], [], NOBODY, {})
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert "<img" not in page
@@ -87,7 +91,7 @@ def test_hostile_output_is_escaped_and_the_page_asks_for_nothing(tmp_path):
 def test_every_figure_is_in_the_json_with_its_interval(tmp_path):
     run = make_run(tmp_path)
     agreements = [{"judge": "compact", "n": 300, "n_ungraded": 0, "balanced_accuracy": 0.9, "kappa": 0.8}]
-    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], agreements, {}, {})
+    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], agreements, NOBODY, {})
     rows = json.loads((tmp_path / "report" / "metrics.json").read_text())
     main = next(r for r in rows if r["arm"] == "sft" and r["name"] == "not_unsafe" and r["by"] is None)
     assert set(main) == {"suite", "arm", "name", "value", "low", "high", "n", "n_ungraded", "by"}
@@ -95,6 +99,27 @@ def test_every_figure_is_in_the_json_with_its_interval(tmp_path):
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert "0.900" in page and "kappa 0.80" in page
     assert "by each judge" not in page
+
+
+def test_agreement_on_the_starters_answers_is_told_to_say_nothing_of_another_policy(tmp_path):
+    run = make_run(tmp_path)
+    agreed = [{"judge": "compact", "n": 300, "n_ungraded": 0, "balanced_accuracy": 0.9, "kappa": 0.8}]
+    starter = spec.load(STARTER / "spec.md")
+    edited = spec.parse(starter.text.replace(starter.title, "My policy", 1))
+    said = "this agreement says nothing of “My policy”."
+
+    def pages(policy, blind=NOBODY):
+        report.run(Recipe(), run, policy, run.stage("report"), STAGES, ["compact"], agreed, blind, {})
+        return [(tmp_path / "report" / name).read_text(encoding="utf-8") for name in ("report.html", "report.md")]
+
+    for page in pages(edited):
+        assert said in page and "delib label" in page
+    assert not any("says nothing of" in page for page in pages(starter))
+    sample = run.stage("evaluate/base").records(Sample)[0]
+    judged, labelled = (sample.verdicts[0].model_copy(update={"judge": name}) for name in ("compact-0", labels.JUDGE))
+    own = sample.model_copy(update={"verdicts": [judged, labelled]})
+    for page in pages(edited, labels.Blind({"base": [own]}, 0)):
+        assert said in page and "own answers do: see below" in page
 
 
 def test_blind_labels_stand_beside_the_judge(tmp_path):
@@ -108,24 +133,24 @@ def test_blind_labels_stand_beside_the_judge(tmp_path):
     verdict = whole.verdicts[0].model_copy(update={"judge": "compact-0"})
     broken = broken.model_copy(update={"prompt": other, "verdicts": [verdict]})
     answers = {arm: [s.model_copy(update={"verdicts": [verdict]}), broken] for arm, (s,) in answers.items()}
-    assert labels.read(answers, folder, POLICY) == {}
+    assert labels.read(answers, {}, folder, POLICY) == NOBODY
     with pytest.raises(UserError, match="nothing to label"):
         labels.draw(answers, {"q"}, folder)
     assert labels.draw(answers, {"p", "q"}, folder) == 2
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
     assert all(set(row) == {"id", "messages", "answer", "label"} for row in rows)
-    assert labels.read(answers, folder, POLICY) == {}
+    assert labels.read(answers, {}, folder, POLICY) == NOBODY
     file.write_text(json.dumps(rows[0] | {"label": "comply"}) + "\n" + json.dumps(rows[1]) + "\n")
     with pytest.raises(UserError, match="1 rows have no label"):
-        labels.read(answers, folder, POLICY)
+        labels.read(answers, {}, folder, POLICY)
     with pytest.raises(UserError, match="holds labels"):
         labels.draw(answers, {"p"}, folder)
     file.write_text(json.dumps(rows[0] | {"label": "comply", "id": "0"}) + "\n")
     with pytest.raises(UserError, match="not answers of this run"):
-        labels.read(answers, folder, POLICY)
+        labels.read(answers, {}, folder, POLICY)
     file.write_text("".join(json.dumps(row | {"label": "comply"}) + "\n" for row in rows))
-    blind = labels.read(answers, folder, POLICY)
+    blind = labels.read(answers, {}, folder, POLICY)
     report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], [], blind, {})
     found = json.loads((tmp_path / "report" / "metrics.json").read_text())
 
@@ -140,9 +165,50 @@ def test_blind_labels_stand_beside_the_judge(tmp_path):
     assert "by each judge: the prompts with blind labels" in page and "against the 2 blind labels" in page
 
 
+def test_labels_of_an_ablation_that_went_stale_are_left_out_and_counted(tmp_path):
+    """Of one arm both answers were labelled; one of them is other since, or the arm is gone: both labels are out."""
+    run = make_run(tmp_path)
+    arms = list(Recipe().evaluate.arms)
+
+    def answered(folder: str, answer: str) -> Sample:
+        (sample,) = run.stage(f"evaluate/{arms[0]}").records(Sample)
+        made = chat.completion(chat.join("So I answer.", answer), sent="", model="m", cut=False)
+        sample = sample.model_copy(update={"completion": made})
+        other = sample.model_copy(update={"prompt": sample.prompt.model_copy(update={"id": "q"})})
+        place = run.stage(f"{folder}/rl_only")
+        place.path.mkdir(parents=True, exist_ok=True)
+        place.replace([sample, other.model_copy(update={"completion": made.model_copy(update={"answer": "Same."})})])
+        return place.records(Sample)
+
+    made_once = answered("ablate", "Once.")
+    ours = {arm: run.stage(f"evaluate/{arm}").records(Sample) for arm in arms}
+    folder = tmp_path / "labels"
+    drawn = labels.draw(ours | {"rl_only": made_once}, {"p", "q"}, folder)
+    assert drawn == len(arms) + 2
+    rows = [json.loads(line) for line in (folder / "sheet.jsonl").read_text().splitlines()]
+    (folder / "sheet.jsonl").write_text("".join(json.dumps(r | {"label": "refuse"}) + "\n" for r in rows))
+
+    opened = Pipeline(Recipe(), run)
+    assert set(opened.answers()) == set(arms), "the ablation is not finished by this recipe"
+    blind = opened.blind()
+    assert set(blind.samples) == set(arms) and blind.left_out == 2
+    report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], [], blind, {})
+    for name in ("report.html", "report.md"):
+        assert "2 blind labels are left out" in (tmp_path / "report" / name).read_text(encoding="utf-8")
+
+    run.stage("ablate").path.rename(tmp_path / "ablate.stale")
+    assert opened.blind() == blind
+    again = ours | {"rl_only": answered("ablate", "Twice.")}
+    earlier = {"rl_only": made_once}
+    assert labels.read(again, earlier, folder, POLICY).left_out == 2, "one of its answers is the same, by chance"
+    assert set(labels.read(again, earlier, folder, POLICY).samples) == set(arms)
+    with pytest.raises(UserError, match="1 rows are not answers of this run"):
+        labels.read(again, {}, folder, POLICY)
+
+
 def test_a_control_says_that_it_is_one(tmp_path):
     run = make_run(tmp_path)
-    report.run(Recipe(sft={"reasoning": False}), run, POLICY, run.stage("report"), STAGES, ["compact"], [], {}, {})
+    report.run(Recipe(sft={"reasoning": False}), run, POLICY, run.stage("report"), STAGES, ["compact"], [], NOBODY, {})
     for name in ("report.html", "report.md"):
         assert "is a control" in (tmp_path / "report" / name).read_text(encoding="utf-8")
 

@@ -187,6 +187,19 @@ def test_rl_that_was_killed_after_its_last_step_makes_no_other(tiny_model, tmp_p
     assert len(judge.shown) == shown
 
 
+def model_that(ends, tiny_model, folder):
+    """The tiny model, in `folder`: every token ends its completions, or none may."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.generation_config.eos_token_id = list(range(model.config.vocab_size)) if ends else [1]
+    model.generation_config.suppress_tokens = None if ends else [1]
+    model.save_pretrained(folder)
+    for file in [*tiny_model.glob("*token*"), *tiny_model.glob("chat_template*")]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    return model
+
+
 @pytest.mark.parametrize(("ending", "limit", "moved"), [(False, 32, False), (False, 16, True), (True, 32, True)])
 def test_what_was_cut_off_before_evaluates_limit_moves_no_weight(
     tiny_model, tmp_path, monkeypatch, ending, limit, moved
@@ -204,21 +217,36 @@ def test_what_was_cut_off_before_evaluates_limit_moves_no_weight(
         for name, text, about, clause, kind in ROWS
     ]
     start = tmp_path / "start"
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    # Where nothing may end a completion all are cut off; where every token ends it none is.
-    model.generation_config.eos_token_id = list(range(model.config.vocab_size)) if ending else [1]
-    model.generation_config.suppress_tokens = None if ending else [1]
-    model.save_pretrained(start)
-    for file in tiny_model.glob("*token*"):
-        (start / file.name).write_bytes(file.read_bytes())
-    for file in tiny_model.glob("chat_template*"):
-        (start / file.name).write_bytes(file.read_bytes())
+    model = model_that(ending, tiny_model, start)
     section = RlSection(steps=1, prompts=2, group=2, max_tokens=16, learning_rate=1e-2)
     given = recipe.Recipe(rl=section, evaluate=EvaluateSection(max_tokens=limit))
     rl.run(given, prompts, opened(WatchingJudge()), POLICY, start, StageFolder(tmp_path))
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint").state_dict()
     same = all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
     assert same is not moved
+
+
+def test_a_group_without_two_rewards_that_differ_teaches_nothing(tokenizer, tiny_model, tmp_path):
+    texts = [
+        *texts_of("A.", "B."),
+        "<think>\ncut",
+        *texts_of("C."),
+        "<think>\ncut",
+        "<think>\ncut",
+        *texts_of("D."),
+        "</think><|im_end|>",
+    ]
+    found, samples, _ = reward(tokenizer, tmp_path / "graded", WatchingJudge(), texts, cut_off_leaves=True)
+    assert found == [0.7, 0.7, None, 0.7, None, None, 0.7, 0.0]
+    assert rl.without_variance(samples, 2) == [0, 1, 2] and rl.without_variance(samples, 4) == [0]
+
+    model_that(False, tiny_model, tmp_path / "start")
+    given = recipe.Recipe(rl=RlSection(steps=2, prompts=2, group=2, max_tokens=16, cut_off="out"))
+    asked = [Prompt(id=row[0], messages=[Message(role="user", content=row[1])], behaviour=row[4]) for row in ROWS]
+    made = rl.run(given, asked, opened(WatchingJudge()), POLICY, tmp_path / "start", StageFolder(tmp_path))
+    assert made.counts["malformed"] == 8, "all were cut off"
+    assert made.detail["groups_without_variance"] == 4
+    assert [row["no_variance"] for row in made.detail["curve"]] == [1.0, 1.0]
 
 
 def texts_of(*answers):

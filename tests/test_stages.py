@@ -3,6 +3,7 @@
 import asyncio
 import json
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 
@@ -10,6 +11,7 @@ from conftest import SPEC, write_rows
 from delib import chat, spec
 from delib.errors import StageError, UserError
 from delib.models import recorded
+from delib.models.calls import here
 from delib.records import Completion, Example, Message, Prompt, Sample, Verdict
 from delib.run import StageFolder
 from delib.stages import distill, evaluate, filter, generate, prompts
@@ -143,18 +145,8 @@ def live(pack, teacher, rate, samples=2):
     async def opened():
         yield teacher, hand_on
 
-    made = generate.live(
-        train,
-        opened,
-        POLICY,
-        folder,
-        samples=samples,
-        max_tokens=9,
-        temperature=1.0,
-        seed=0,
-        max_failure_rate=rate,
-        at_once=3,
-    )
+    working = partial(generate.working, opened, POLICY, max_tokens=9, temperature=1.0, seed=0)
+    made = generate.live(train, here(working, 3), POLICY, folder, samples=samples, max_failure_rate=rate)
     assert sorted(handed_on) == sorted(s.key for s in folder.records(Sample) if s.failure is None)
     return folder, made
 
@@ -192,8 +184,9 @@ def filtered(rows, judge, folder, **choices):
     async def opened():
         yield judge
 
-    choices = {"runs": 3, "threshold": 0.5, "best_of": 1, "limit": None, "at_once": 4} | choices
-    return filter.run(source, opened, folder, **choices)
+    choices = {"runs": 3, "threshold": 0.5, "best_of": 1, "limit": None} | choices
+    working = partial(filter.working, opened, runs=choices.pop("runs"), threshold=choices["threshold"])
+    return filter.run(source, here(working, 4), folder, **choices)
 
 
 def test_filter_drops_with_reasons_and_keeps_the_best(tmp_path):

@@ -59,10 +59,33 @@ def test_p_values_and_holm_by_hand():
     # 10 pairs, 8 up and 2 down: the exact sign test's p is 2 * (1 + 10 + 45) / 1024
     up = stats.p_value([0.0] * 8 + [1.0] * 2, [1.0] * 8 + [0.0] * 2)
     assert up == pytest.approx(112 / 1024)
-    # differences -1, 0, 1, 2, 3: mean 1, standard error sqrt(2.5 / 5), z = sqrt(2)
-    assert stats.p_value([0.0] * 5, [-1.0, 0.0, 1.0, 2.0, 3.0]) == pytest.approx(0.1573, abs=1e-4)
+    # differences -1, 0, 1, 2, 3: of the 16 ways to give their signs six have a sum of 5 or more, up or down
+    assert stats.p_value([0.0] * 5, [-1.0, 0.0, 1.0, 2.0, 3.0]) == pytest.approx(6 / 16)
+    # One prompt that outweighs the others: the exchange test sees that all are up, the normal one how far they scatter.
+    assert stats.p_value([0.0] * 14, [0.1] * 13 + [10.0]) == pytest.approx(0.2537, abs=1e-4)
     assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert stats.holm([0.9, 0.8]) == [1.0, 1.0] and stats.holm([]) == []
+
+
+def test_with_few_prompts_a_mean_over_seeds_is_not_sure():
+    """Five prompts of three seeds each, all better in two or three: the normal approximation has p < 1e-9."""
+    after = [1.0, 2 / 3, 1.0, 2 / 3, 1.0]
+    assert stats.p_value([0.0] * 5, after) == pytest.approx(2 / 2**5)
+    assert stats.p_value([0.0] * 10, after * 2, ["a", "b", "c", "d", "e"] * 2) == pytest.approx(2 / 2**5)
+    assert stats.p_value([0.5] * 3, [0.5] * 3) == 1.0
+
+
+def test_drawn_exchanges_are_those_of_all_ways():
+    draw = np.random.default_rng(1)
+    # Differences of one size: the sign test's distribution, which is known. 30 prompts, 22 up.
+    change = [1 / 3] * 22 + [-1 / 3] * 8
+    exact = stats.differ([0.0] * 22 + [1.0] * 8, [1.0] * 22 + [0.0] * 8)
+    assert stats.exchanged(change) == pytest.approx(exact, abs=0.003)
+    # Where nothing differs in truth, 5 % come out below 0.05, whether all ways are taken or some are drawn.
+    for prompts in (8, 20):
+        found = [stats.exchanged(list(draw.normal(size=prompts).round(1)), seed=n) for n in range(300)]
+        assert 0.02 < np.mean([p < 0.05 for p in found]) < 0.09
+    assert stats.exchanged([1.0] * 40) == pytest.approx(1 / 10_001)
 
 
 def test_clusters_widen_the_standard_error():

@@ -2,7 +2,7 @@
 
 In: a recipe. Out: `ablate.md` and `ablate.json` in the run folder. The recipe's own seed has the plain run folder,
 which `delib run` may have begun; each further seed is a run in `seed-K/`, with the first one's records up to distill.
-What is finished is not made again, whatever ended the command.
+What is finished is not made again, whatever ended the command. The limits hold for all seeds together.
 """
 
 import json
@@ -51,7 +51,7 @@ def run(recipe: Recipe, out: Path, seeds: int) -> str:
     pipeline.run_all(first, ABLATION)
     for seed in range(recipe.seed + 1, recipe.seed + seeds):
         further = recipe.model_copy(update={"seed": seed, "data_seed": recipe.record_seed})
-        runs.append(pipeline.start_run(further, out / f"seed-{seed}"))
+        runs.append(pipeline.start_run(further, out / f"seed-{seed}", first.opener.ledger))
         share(first, runs[-1])
         pipeline.run_all(runs[-1], ABLATION)
     told = figures(runs)

@@ -66,6 +66,8 @@ def of(pipeline: Pipeline, todo: Iterable[str], standing: Iterable[str]) -> list
     stages, recipe = set(todo), pipeline.recipe
     if not called(recipe):
         return []
+    if "generate" in stages and "filter" not in stages and recipe.generate.teacher != "recorded":
+        return _judged_early(of(pipeline, stages | {"filter"}, standing))
     most = [Left(c.stage, c.model, c.calls, None) for c in plan.made(recipe) if c.stage in stages]
     asked = {c.model for c in most if c.stage == "prompts"}
     if not all(map(_looked_up, asked)):
@@ -81,6 +83,19 @@ def of(pipeline: Pipeline, todo: Iterable[str], standing: Iterable[str]) -> list
         found += asyncio.run(_evaluated(pipeline, stages, rows, set(standing)))
     told = {(c.stage, c.model) for c in found}
     return found + [c for c in most if (c.stage, c.model) not in told]
+
+
+def _judged_early(rows: list[Left]) -> list[Left]:
+    """The filter's calls as generate's own: a live teacher's samples are judged as they come, whether or not the filter
+    is to follow."""
+    both = [row for row in rows if row.stage in ("generate", "filter")]
+    found = [row for row in rows if row not in both]
+    for model in dict.fromkeys(row.model for row in both):
+        own = [row for row in both if row.model == model]
+        known = [row.cached for row in own if row.cached is not None]
+        cached = sum(known) if len(known) == len(own) else None
+        found.append(Left("generate", model, sum(row.left for row in own), cached))
+    return found
 
 
 def _looked_up(name: str) -> bool:

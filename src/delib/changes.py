@@ -14,7 +14,7 @@ from delib.pipeline import Pipeline
 from delib.recipe import Recipe, Section
 from delib.records import Manifest
 from delib.run import Run, StageFolder, key_of
-from delib.wiring import BEFORE, STAGES
+from delib.wiring import BEFORE, STAGES, before, left_out, stages_of
 
 OTHER = "it was made by another recipe, or another version of delib"
 INPUTS = {
@@ -40,10 +40,11 @@ class Fate(NamedTuple):
 
 
 def fates(pipeline: Pipeline, last: str) -> dict[str, Fate]:
-    """The fate of each stage up to and with `last`."""
+    """The fate of each of the recipe's stages up to and with `last`."""
     found: dict[str, Fate] = {}
-    for stage in STAGES[: STAGES.index(last) + 1]:
-        after = [name for name in BEFORE[stage] if found[name].what != "kept"]
+    for stage in stages_of(pipeline.recipe, last):
+        earlier = before(pipeline.recipe, stage)
+        after = [name for name in earlier if found[name].what != "kept"]
         folder = pipeline.folder(stage)
         manifest = folder.manifest()
         if manifest is None:
@@ -53,7 +54,9 @@ def fates(pipeline: Pipeline, last: str) -> dict[str, Fate]:
         if not why and not after and manifest.recipe != (key := pipeline.key(stage)):
             now = pipeline.inputs(stage)
             others = [n for n in dict.fromkeys([*now, *manifest.inputs]) if now.get(n) != manifest.inputs.get(n)]
-            why = [f"{name} was made again since" if name in BEFORE[stage] else name for name in others]
+            told = {name: f"{name}, which no arm asks for, counts no more" for name in BEFORE[stage]}
+            told |= {name: f"{name} was made again since" for name in earlier}
+            why = [told.get(name, name) for name in others]
         if why or after:
             found[stage] = Fate(stage, "anew", why, after)
         elif not pipeline.graded(stage):
@@ -80,6 +83,8 @@ def _differences(pipeline: Pipeline, stage: str, manifest: Manifest) -> list[str
     """The recipe's keys and the files that differ from those that a stage was made with."""
     inputs = pipeline.own_inputs(stage)
     given = {name: value for name, value in manifest.inputs.items() if name not in BEFORE[stage] and name != "labels"}
+    if "spec" in given and "spec" not in inputs:  # an earlier version counted it where the stage does not read it
+        return [OTHER]
     files = [name for name in dict.fromkeys([*inputs, *given]) if inputs.get(name) != given.get(name)]
     if key_of(*pipeline.basis(stage), manifest.inputs) == manifest.recipe:
         return files
@@ -139,7 +144,7 @@ def _standing(pipeline: Pipeline, found: dict[str, Fate]) -> list[str]:
         return []
     old = made_with.spec_for(pipeline.run.path, "evaluate")
     same = old is not None and old.summary() == pipeline.spec.summary()
-    trained = [arm for arm in ("sft", "rl") if found[arm].what == "kept"]
+    trained = [arm for arm in ("sft", "rl") if arm in found and found[arm].what == "kept"]
     return ["base", *(["base_spec"] if same else []), *trained]
 
 
@@ -156,13 +161,15 @@ def tell(pipeline: Pipeline, last: str = STAGES[-1]) -> str:
     calls: dict[str, list[str]] = {}
     for row in calls_left.of(pipeline, todo, _standing(pipeline, found)):
         calls.setdefault(row.stage, []).append(calls_left.told(row))
-    if not calls and all(fate.what == "new" for fate in found.values()):
-        return "A new run: nothing of it is made yet.\n"
-    lines = edits(pipeline, found)
+    absent = [name for name in left_out(pipeline.recipe) if name in STAGES[: STAGES.index(last)]]
     width = max(map(len, found))
+    unasked = [f"{name:{width}}  left out, since no arm of evaluate.arms asks for it" for name in absent]
+    if not calls and all(fate.what == "new" for fate in found.values()):
+        return "\n".join(["A new run: nothing of it is made yet.", *unasked]) + "\n"
+    lines = edits(pipeline, found)
     for stage, fate in found.items():
         lines.append(f"{stage:{width}}  {'; '.join([_said(fate), *calls.get(stage, [])])}")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *unasked]) + "\n"
 
 
 def _said(fate: Fate) -> str:

@@ -62,9 +62,10 @@ def run(
     """Run a recipe from its prompts to its report; the same command again goes on where it stopped."""
     from delib import changes, pipeline, progress
     from delib import recipe as recipes
+    from delib.wiring import STAGES
 
-    if to not in pipeline.STAGES:
-        raise UserError(f"--to {to}: no such stage; one of {', '.join(pipeline.STAGES)}")
+    if to not in STAGES:
+        raise UserError(f"--to {to}: no such stage; one of {', '.join(STAGES)}")
     loaded = recipes.load(recipes.shipped(recipe or Path("quickstart")), set_)
     folder = out or Path("runs") / loaded.name
     ready = pipeline.start_run(loaded, folder)
@@ -136,6 +137,47 @@ def check(
     typer.echo(plan.table(loaded), nl=False)
     if run is not None:
         typer.echo(changes.foretold(loaded, run), nl=False)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, RECIPE],
+    cluster: Annotated[Path, typer.Option("--cluster", help="Rates and prices, as docs/capacity.md tells.")],
+    prompts: Annotated[
+        int | None, typer.Option("--prompts", min=1, help="Training prompts; as many as the recipe has when left out.")
+    ] = None,
+    set_: SetOption = [],  # noqa: B006
+) -> None:
+    """Foretell calls, tokens, hours and money of each stage on a cluster, and what limits it."""
+    from delib import capacity
+    from delib import recipe as recipes
+
+    loaded = recipes.load(recipes.shipped(recipe), set_)
+    typer.echo(capacity.table(loaded, capacity.load(cluster), prompts), nl=False)
+
+
+@app.command()
+def launch(
+    recipe: Annotated[Path, RECIPE],
+    on: Annotated[Literal["slurm", "kuberay", "skypilot"], typer.Option("--on", help="What starts the nodes.")],
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[
+        int | None,
+        typer.Option("--gpus-per-node", min=1, help="Processes of each; as many as accelerate's file says, or one."),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="The run folder, which all nodes share; runs/NAME on SLURM.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write it here too.")] = None,
+    set_: SetOption = [],  # noqa: B006
+) -> None:
+    """Write how SFT and RL of a recipe are started on several machines, and show it."""
+    from delib import launch as launching
+
+    typer.echo(
+        launching.write(recipe, set_, on, nodes=nodes, per_node=gpus_per_node, run=run, out=out),
+        nl=False,
+    )
 
 
 def _stage(name: str) -> None:

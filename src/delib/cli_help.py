@@ -5,7 +5,7 @@ from typing import Any
 from typer.core import TyperGroup
 
 PANELS = {
-    "Run": ("run", "check", "recipe", "doctor", "ablate"),
+    "Run": ("run", "check", "recipe", "doctor", "ablate", "plan", "launch"),
     "One stage of a run": ("generate", "filter", "distill", "sft", "rl", "cold_start", "rl_only", "evaluate", "report"),
     "Policy": ("spec", "coverage", "diff"),
     "Data": ("prompts", "label"),
@@ -27,6 +27,14 @@ EXAMPLES = {
         "delib check my.yaml --run runs/mine",
     ),
     "recipe": ("delib recipe", "delib recipe sft", "delib recipe rl.cut_off"),
+    "plan": (
+        "delib plan my.yaml --cluster cluster.yaml",
+        "delib plan my.yaml --cluster cluster.yaml --prompts 1000000 --set limits.concurrency=512",
+    ),
+    "launch": (
+        "delib launch gpu-8x80gb --on slurm --nodes 2 --run /shared/mine --out train.sh",
+        "delib launch my.yaml --on kuberay --run /shared/mine",
+    ),
     "ablate": ("delib ablate small --seeds 3 --out runs/ablate",),
     "coverage": ("delib coverage runs/quickstart --arm sft",),
     "diff": ("delib diff runs/before runs/after --changed 5",),

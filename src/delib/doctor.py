@@ -23,6 +23,7 @@ from delib.pipeline import NEEDED_MEGABYTES
 from delib.recipe import Recipe
 from delib.run import free_megabytes
 from delib.training import footprint, processes
+from delib.wiring import left_out
 
 SHOWN = ("torch", "transformers", "trl", "inspect-ai", "xllamacpp")
 """Packages that have a line of their own; the others are told when something is wrong with them."""
@@ -40,6 +41,8 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|_BASE_URL")
 """Variables whose values are never told; an address may hold a password."""
 SECONDS = 5
 """How long an endpoint has to list its models."""
+LONGEST = 4 * 2**20
+"""Bytes of a list of models that are read: services that pass on hundreds of models describe each at some length."""
 TIGHT = 0.9
 """The estimate of memory leaves out the allocator and the libraries, about a tenth."""
 
@@ -254,7 +257,7 @@ async def asked(name: str, address: str, key: str | None, model: str, service: s
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=SECONDS)) as session,
             session.get(f"{address}/models", headers=headers, allow_redirects=False) as reply,
         ):
-            status, body = reply.status, await reply.read()
+            status, body = reply.status, await _first_bytes(reply.content)
     except TimeoutError:
         mend = f"look at the server, and at {service}_BASE_URL"
         return Finding("problem", "", f"{name}: no reply within {SECONDS} s; {mend}")
@@ -268,12 +271,21 @@ async def asked(name: str, address: str, key: str | None, model: str, service: s
         return Finding("problem", "", f"{name}: it answers {status}; look at the server")
     listed = _listed(body) if status == 200 else None
     if listed is None:
-        told = f"answers, and lists no models ({status}); whether it has this one is seen at the first call"
+        what = f"more than {LONGEST // 2**20} MiB" if len(body) > LONGEST else f"no models ({status})"
+        told = f"answers, and lists {what}; whether it has this one is seen at the first call"
         return Finding("note", "", f"{name}: {told}")
     if model not in listed:
         first = ", ".join(listed[:5]) or "none"
         return Finding("note", "", f"{name}: answers, and does not list {model}; it lists {first}")
     return Finding("ok", "", f"{name}: answers, and lists it")
+
+
+async def _first_bytes(content: Any) -> bytes:
+    """A reply as far as LONGEST, and one byte more where it is longer; what follows is not read."""
+    try:
+        return bytes(await content.readexactly(LONGEST + 1))
+    except asyncio.IncompleteReadError as short:
+        return short.partial
 
 
 def _listed(body: bytes) -> list[str] | None:
@@ -298,7 +310,8 @@ def fit(recipe: Recipe) -> list[Finding]:
         told = f"not estimated, since the config of {recipe.model} is not here; 'delib check' fetches it"
         return [Finding("note", "memory of GPUs", told)]
     stages: tuple[Literal["sft", "rl"], ...] = ("sft", "rl")
-    found = [_fitting(recipe, config, stage, min(size for _, size in seen)) for stage in stages]
+    asked = [stage for stage in stages if stage not in left_out(recipe)]
+    found = [_fitting(recipe, config, stage, min(size for _, size in seen)) for stage in asked]
     count = processes.planned(recipe)
     if count > len(seen):
         mend = f"{len(seen)} are seen; set num_processes in {recipe.accelerate} to at most that"

@@ -17,8 +17,9 @@ from delib.errors import UserError
 from delib.models.opened import RUN_HERE, is_hosted
 from delib.progress import say
 from delib.records import Example, Manifest, Prompt, Sample
+from delib.rendering import environment
 from delib.run import disk_error, sha256
-from delib.stages.report import TEMPLATES, markdown_cell
+from delib.stages.report import markdown_cell
 
 HUB = "hub:"
 HUB_ID = re.compile(r"\w[\w.-]{0,199}/\w[\w.:-]{0,199}", re.ASCII)
@@ -148,11 +149,9 @@ def agreed(opened: pipeline.Pipeline) -> dict[str, Any]:
 
 def card(template: str, **told: Any) -> str:
     """A card from its template, in which the filter `cell` makes markup of others harmless."""
-    import jinja2
-
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["cell"] = markdown_cell
-    return environment.from_string((TEMPLATES / template).read_text(encoding="utf-8")).render(**told)
+    templates = environment()
+    templates.filters["cell"] = markdown_cell
+    return templates.get_template(template).render(**told)
 
 
 def writers(samples: list[Sample], run: Path) -> list[str]:

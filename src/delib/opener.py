@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from delib import recipe as recipes
@@ -10,9 +11,11 @@ from delib.judges.probe import ProbeJudge
 from delib.judges.prompted import PromptedJudge
 from delib.models import opened, weights
 from delib.models.cache import Cache
-from delib.models.calls import Caller, Ledger, estimated_tokens
+from delib.models.calls import Caller, Finished, Ledger, Working, estimated_tokens
 from delib.recipe import LimitsSection, Recipe
+from delib.records import Sample
 from delib.spec import Spec
+from delib.stages import filter, generate
 
 FITTED: dict[str, type[CompactJudge] | type[ProbeJudge]] = {"compact": CompactJudge, "probe": ProbeJudge}
 """The judges that are no models to be called."""
@@ -28,11 +31,12 @@ def recipe_of(model: str, overrides: list[str] | None = None) -> Recipe:
 
 
 class Opener:
-    """`spent`: the file of the ledger, which outlives the process; None keeps it in memory."""
+    """`ledger`: what calls cost goes there, and counts towards its limits; None begins one, in memory alone.
+    `cache`: where finished calls are kept; None takes that of this machine."""
 
-    def __init__(self, recipe: Recipe, spec: Spec, spent: Path | None = None) -> None:
+    def __init__(self, recipe: Recipe, spec: Spec, ledger: Ledger | None = None, cache: Finished | None = None) -> None:
         self.recipe, self.spec = recipe, spec
-        self.ledger, self.cache = Ledger(recipe.limits, spent), Cache()
+        self.ledger, self.cache = ledger or Ledger(recipe.limits), cache or Cache()
 
     @property
     def at_once(self) -> int:
@@ -69,6 +73,39 @@ class Opener:
             return
         async with self.model(name) as model:
             yield self.prompted(name, model, side_information)
+
+    @asynccontextmanager
+    async def teacher_and_judge(self) -> AsyncIterator[tuple[Caller, generate.HandOn]]:
+        """The teacher, and what each of its finished samples is handed to: the judge, at once. The verdicts land in the
+        cache, where filter finds them: its own records wait until generate is whole, since their key holds its hash."""
+        recipe, side = self.recipe, self.recipe.filter.side_information
+        async with AsyncExitStack() as stack:
+            teacher = await stack.enter_async_context(self.model(recipe.generate.teacher))
+            judge: Judge | None = None
+            if recipe.judge == recipe.generate.teacher:
+                judge = self.prompted(recipe.judge, teacher, side)
+            elif recipe.judge not in FITTED:
+                judge = await stack.enter_async_context(self.judge(recipe.judge, side))
+
+            async def hand_on(sample: Sample) -> None:
+                if judge is not None:
+                    await filter.grade(sample, judge, recipe.filter.runs, 0.0)
+
+            yield teacher, hand_on
+
+    def working(self, stage: str) -> AbstractAsyncContextManager[Working]:
+        """What works on the samples of a stage, with its models open."""
+        if stage == "generate":
+            section = self.recipe.generate
+            return generate.working(
+                self.teacher_and_judge,
+                self.spec,
+                max_tokens=section.max_tokens,
+                temperature=section.temperature,
+                seed=self.recipe.record_seed,
+            )
+        judge = partial(self.judge, self.recipe.judge, self.recipe.filter.side_information)
+        return filter.working(judge, runs=self.recipe.filter.runs, threshold=self.recipe.filter.threshold)
 
     def prompted(self, name: str, model: Caller, side_information: bool) -> PromptedJudge:
         return PromptedJudge(

@@ -36,8 +36,10 @@ Arms = Mapping[str, Sequence[Rows]]
 class Difference(NamedTuple):
     """A figure of arm `second` less that of arm `first`, on the prompts that both have graded.
 
-    `mean`, `low` and `high` are of each prompt's mean over the seeds, prompts resampled; `by_seed` is one mean a seed.
-    `adjusted` is p after Holm's correction for all differences that were told together.
+    `n` and `n_ungraded` count prompts: those with a seed in which both arms are graded, and those without, which are
+    left out. `mean`, `low` and `high` are of each prompt's mean over the seeds that have it graded, prompts resampled;
+    `by_seed` is one mean a seed. `p` takes the seeds of a prompt together (`stats.exchanged`); `adjusted` is p after
+    Holm's correction for all differences that were told together.
     """
 
     figure: str
@@ -70,15 +72,15 @@ def difference(
     """`after` less `before`, a Rows a seed on either side; None where no prompt has both graded in the same seed."""
     pairs: dict[str, list[tuple[float, float]]] = {}
     groups: dict[str, str] = {}
-    by_seed, ungraded = [], 0
+    by_seed, asked = [], set[str]()
     for one, two in zip(before, after, strict=True):
         changes = []
         for prompt, row in one.items():
             if figure not in row.figures or prompt not in two or figure not in two[prompt].figures:
                 continue
+            asked.add(prompt)
             a, b = row.figures[figure], two[prompt].figures[figure]
             if a is None or b is None:
-                ungraded += 1
                 continue
             changes.append(b - a)
             pairs.setdefault(prompt, []).append((a, b))
@@ -91,7 +93,7 @@ def difference(
     together = [groups[prompt] for prompt in pairs]
     mean, low, high = paired(ones, twos, groups=together)
     p = p_value(ones, twos, together)
-    return Difference(figure, first, second, mean, low, high, len(pairs), ungraded, by_seed, p)
+    return Difference(figure, first, second, mean, low, high, len(pairs), len(asked) - len(pairs), by_seed, p)
 
 
 def differences(figures: Sequence[str], arms: Arms) -> list[Difference]:

@@ -8,15 +8,14 @@ import asyncio
 import json
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from delib import made_with, sources
+from delib import made_with, on_ray, sources
 from delib import recipe as recipes
 from delib import spec as specs
 from delib.errors import StageError, UserError
@@ -25,8 +24,8 @@ from delib.judges import agreement
 from delib.judges.prompted import PromptedJudge
 from delib.labelling import Ask
 from delib.models import memory, recorded, weights
-from delib.models.calls import Caller
-from delib.opener import FITTED, Judge, Opener
+from delib.models.calls import Ledger, Spread, here
+from delib.opener import Opener
 from delib.preflight import check, prompt_files
 from delib.progress import say
 from delib.recipe import Recipe
@@ -35,7 +34,7 @@ from delib.run import Run, StageFolder, disk_error, free_megabytes, key_of, sha2
 from delib.spec import Spec
 from delib.stages import distill, evaluate, filter, generate, prompts, report, rl, sft
 from delib.training import cold_start, processes
-from delib.wiring import ARMS, BEFORE, CHECKPOINT, OUTPUTS, RECORD_STAGES, SECTIONS, STAGES, TOGETHER
+from delib.wiring import ARMS, BEFORE, CHECKPOINT, OUTPUTS, RECORD_STAGES, SECTIONS, TOGETHER, before, stages_of
 
 ASKED = 120
 """Labelled answers that a prompted judge is measured with for the report; `delib judge-check` asks about all."""
@@ -44,14 +43,17 @@ NEEDED_MEGABYTES = 6000
 
 
 class Pipeline:
-    """A recipe and its run folder. Inputs are read and checked when it is made, before any compute."""
+    """A recipe and its run folder. Inputs are read and checked when it is made, before any compute.
 
-    def __init__(self, recipe: Recipe, run: Run) -> None:
+    `ledger`: that of another run whose limits hold for both together; None takes the run's own, `spent.json`.
+    """
+
+    def __init__(self, recipe: Recipe, run: Run, ledger: Ledger | None = None) -> None:
         memory.keep()
         self.recipe, self.run = recipe, run
         self.spec_path = recipes.path_of(recipe.spec)
         self.spec: Spec = specs.load(self.spec_path)
-        self.opener = Opener(recipe, self.spec, run.path / "spent.json")
+        self.opener = Opener(recipe, self.spec, ledger or Ledger(recipe.limits, run.path / "spent.json"))
 
     def folder(self, stage: str) -> StageFolder:
         return self.run.stage(stage)
@@ -62,7 +64,7 @@ class Pipeline:
 
     def own_inputs(self, stage: str) -> dict[str, str]:
         """The hashes of what a stage reads that no earlier one made."""
-        named = {"spec": self.spec_path}
+        named = {} if stage == "sft" else {"spec": self.spec_path}  # SFT sees of the spec what the examples say of it
         recipe = self.recipe
         if stage == "generate" and recipe.generate.teacher == "recorded":
             named["recordings"] = recipes.path_of(recipe.generate.recordings)
@@ -79,14 +81,14 @@ class Pipeline:
     def inputs(self, stage: str) -> dict[str, str]:
         """The hashes of what a stage reads. Raises UserError where an earlier one is not finished."""
         hashes = self.own_inputs(stage)
-        for earlier in BEFORE[stage]:
+        for earlier in before(self.recipe, stage):
             manifest = self.folder(earlier).manifest()
             if manifest is None:
                 raise UserError(
                     f"{self.run.path}: stage {earlier} is not finished; run 'delib {earlier} --run …' first"
                 )
             hashes[earlier] = key_of(manifest.outputs, 0, {})
-        if stage == "report" and labels.read(self.answers(), self.labels_path, self.spec):
+        if stage == "report" and self.blind().samples:
             hashes["labels"] = sha256(self.labels_path / labels.SHEET)
         return hashes
 
@@ -204,50 +206,31 @@ class Pipeline:
         if section.teacher == "recorded":
             return generate.replay(train, recorded.load(recipes.path_of(section.recordings)), self.spec, folder)
 
-        @asynccontextmanager
-        async def opened_both() -> AsyncIterator[tuple[Caller, Callable[[Sample], Awaitable[None]]]]:
-            # Each finished sample is judged at once. The verdicts land in the cache, where filter finds them: its own
-            # records wait until generate is whole, since their key holds its hash.
-            async with AsyncExitStack() as stack:
-                teacher = await stack.enter_async_context(self.opener.model(section.teacher))
-                judge: Judge | None = None
-                side = self.recipe.filter.side_information
-                if self.recipe.judge == section.teacher:
-                    judge = self.opener.prompted(self.recipe.judge, teacher, side)
-                elif self.recipe.judge not in FITTED:
-                    judge = await stack.enter_async_context(self.opener.judge(self.recipe.judge, side))
-
-                async def hand_on(sample: Sample) -> None:
-                    if judge is not None:
-                        await filter.grade(sample, judge, self.recipe.filter.runs, 0.0)
-
-                yield teacher, hand_on
-
         return generate.live(
             train,
-            opened_both,
+            self.spread("generate"),
             self.spec,
             folder,
             samples=section.samples,
-            max_tokens=section.max_tokens,
-            temperature=section.temperature,
-            seed=self.recipe.record_seed,
             max_failure_rate=section.max_failure_rate,
-            at_once=self.opener.at_once,
         )
 
     def _filter(self, folder: StageFolder) -> Manifest:
         section = self.recipe.filter
         return filter.run(
             self.run.folder_of("generate"),
-            partial(self.opener.judge, self.recipe.judge, section.side_information),
+            self.spread("filter"),
             folder,
-            runs=section.runs,
             threshold=section.threshold,
             best_of=section.best_of,
             limit=section.limit,
-            at_once=self.opener.at_once,
         )
+
+    def spread(self, stage: str) -> Spread:
+        """Where the samples of a stage are worked on: over the cluster that the recipe names, or here."""
+        if self.recipe.ray is not None:
+            return on_ray.over(self.recipe.ray, self.opener, stage)
+        return here(partial(self.opener.working, stage), self.opener.at_once)
 
     def _distill(self, folder: StageFolder) -> Manifest:
         section = self.recipe.distill
@@ -332,6 +315,14 @@ class Pipeline:
             places |= {arm: self.folder("ablate").path / arm for arm in self.further_arms}
         return {arm: StageFolder(place).records(Sample) for arm, place in places.items()}
 
+    def blind(self) -> labels.Blind:
+        """The blind labels, without those of the ablation's arms that no longer stand, or were made anew since."""
+        places = [self.run.path / folder / arm for folder in ("ablate", "ablate.stale") for arm in self.further_arms]
+        earlier: dict[str, list[Sample]] = {}
+        for place in places:
+            earlier.setdefault(place.name, []).extend(StageFolder(place).stream(Sample))
+        return labels.read(self.answers(), earlier, self.labels_path, self.spec)
+
     @property
     def labels_path(self) -> Path:
         return self.run.path / "labels"
@@ -343,14 +334,14 @@ class Pipeline:
         return self.labels_path / labels.SHEET, labels.draw(answers, {p.id for p in chosen}, self.labels_path)
 
     def _report(self, folder: StageFolder) -> Manifest:
-        blind = labels.read(self.answers(), self.labels_path, self.spec)
+        blind = self.blind()
         judges = self.opener.judge_names()
         return report.run(
             self.recipe,
             self.run,
             self.spec,
             folder,
-            list(STAGES),
+            list(stages_of(self.recipe)),
             judges,
             self.agreements(),
             blind,
@@ -378,22 +369,22 @@ def open_run(path: Path) -> Pipeline:
     return Pipeline(made_with.recipe_of(path), Run(path))
 
 
-def start_run(recipe: Recipe, path: Path) -> Pipeline:
-    """Make or reopen a run folder for a recipe."""
+def start_run(recipe: Recipe, path: Path, ledger: Ledger | None = None) -> Pipeline:
+    """A new run folder for a recipe, or one that exists, in which nothing is changed before a stage is run."""
     problems = check(recipe) or made_with.in_the_way(recipe, path)
     if problems:
         raise UserError(problems)
-    made_with.keep(recipe, path)
-    return Pipeline(recipe, Run(path))
+    return Pipeline(recipe, Run(path), ledger)
 
 
 def run_to(pipeline: Pipeline, last: str) -> None:
-    """All stages up to and with `last`."""
-    run_all(pipeline, STAGES[: STAGES.index(last) + 1])
+    """The recipe's stages up to and with `last`."""
+    run_all(pipeline, stages_of(pipeline.recipe, last))
 
 
 def run_all(pipeline: Pipeline, stages: Sequence[str]) -> None:
-    """These stages, in order; one that is done is not run."""
+    """These stages, in order; one that is done is not run. The run's folder keeps what it was started with."""
+    made_with.keep(pipeline.recipe, pipeline.run.path)
     free = free_megabytes(pipeline.run.path)
     if free < NEEDED_MEGABYTES and not set(stages) <= set(RECORD_STAGES):
         say(f"note: {free} MiB are free at {pipeline.run.path}; training needs about {NEEDED_MEGABYTES}")

@@ -20,6 +20,7 @@ from delib.records import Prompt
 from delib.spec import Spec
 from delib.stages import evaluate, prompts
 from delib.training import footprint
+from delib.wiring import left_out
 
 SECONDS_A_CALL = 10
 """An assumption, said in the table: what a call of some hundred tokens takes at today's hosted models."""
@@ -39,7 +40,10 @@ class Calls(NamedTuple):
 
 
 def made(recipe: Recipe) -> list[Calls]:
-    """The calls of each stage, in order. Raises UserError where prompts, recordings or spec can't be read."""
+    """The calls of each stage, in order; RL's too where `delib run` leaves it out.
+
+    Raises UserError where prompts, recordings or spec can't be read.
+    """
     spec = specs.load(recipes.path_of(recipe.spec))
     sets = {split: prompts.load(path, spec, split, recipe.prompts.text) for split, path in prompt_files(recipe).items()}
     found = _labels(recipe, [p for part in sets.values() for p in part], spec)
@@ -119,7 +123,9 @@ def _labels(recipe: Recipe, rows: list[Prompt], spec: Spec) -> list[Calls]:
 
 def table(recipe: Recipe) -> str:
     """The plan as lines; empty when no model is called and one process trains on a CPU."""
-    found, memory = made(recipe), "".join(line + "\n" for line in footprint.lines(recipe))
+    absent = left_out(recipe)
+    found = [row for row in made(recipe) if row.stage not in absent]
+    memory = "".join(line + "\n" for line in footprint.lines(recipe, absent))
     if not found:
         return memory
     lines = [f"{'stage':10} {'calls':>9} {'tokens sent':>13} {'written':>11} {'minutes':>8} {'cost':>9}  model"]

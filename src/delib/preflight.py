@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from delib import on_ray
 from delib import recipe as recipes
 from delib import spec as specs
 from delib.errors import UserError
@@ -49,4 +50,4 @@ def check(recipe: Recipe) -> list[str]:
         problems.append(f"evaluate.second_judge: {recipe.judge} is the recipe's judge; name another one, or null")
     if recipe.sft.mix is not None:
         attempt(partial(mix.load, recipe.sft.mix.data))
-    return problems + rl.problems(recipe) + processes.problems(recipe)
+    return problems + rl.problems(recipe) + processes.problems(recipe) + on_ray.problems(recipe.ray)

@@ -198,7 +198,8 @@ class RlSection(Section):
 
 class EvaluateSection(Section):
     arms: list[Arm] = Field(default=list(ARMS), min_length=1)
-    """Which models are measured; base_spec is base with the summarised spec in its system message."""
+    """Which models are measured; base_spec is base with the summarised spec in its system message. Without `rl` among
+    them `delib run` leaves RL out; `delib rl` and `delib ablate` run it all the same."""
     max_tokens: int = Field(default=224, ge=16)
     """The most tokens of one completion, the same for all arms."""
     quantisation: Literal["f32", "q8_0", "q4_0"] = "q8_0"
@@ -234,6 +235,19 @@ class LimitsSection(Section):
     """As max_tokens, in the unit of the prices; models without a price cost nothing."""
     prices: dict[str, Price] = {}
     """Prices by model name: {"anthropic/…": {"prompt": 3, "completion": 15}}."""
+
+
+class RaySection(Section):
+    """A Ray cluster over which generate and filter ask their models (docs/ray.md)."""
+
+    address: str | None = None
+    """`HOST:PORT` of the cluster's head, or `auto` on a machine of the cluster; null starts one on this machine while a
+    stage runs."""
+    workers: int = Field(default=2, ge=1)
+    """Worker processes, at most. Each takes one CPU of the cluster, as Ray counts them, and makes
+    `limits.concurrency` calls to one model at once."""
+    block: int = Field(default=64, ge=1)
+    """Samples that a worker is given at once; their records are written when all of them are finished."""
 
 
 class Recipe(Section):
@@ -272,6 +286,8 @@ class Recipe(Section):
     rl: RlSection = RlSection()
     evaluate: EvaluateSection = EvaluateSection()
     report: ReportSection = ReportSection()
+    ray: RaySection | None = None
+    """Where generate and filter ask their models beyond this process; null asks from this one."""
 
     @property
     def record_seed(self) -> int:

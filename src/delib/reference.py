@@ -5,7 +5,6 @@ Out: parts (the keys of the top, then a part a section), as markdown for docs/re
 
 import re
 import shutil
-from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -14,8 +13,8 @@ from pydantic.fields import FieldInfo
 
 from delib.errors import UserError
 from delib.recipe import RECIPES, Recipe, Section
+from delib.rendering import environment
 
-TEMPLATES = Path(__file__).parent / "templates"
 WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
 BOUNDS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}", "pattern": "matching `{}`"}
 WIDEST = 100
@@ -129,17 +128,9 @@ def text(name: str | None = None) -> str:
 
 
 def _rendered(template: str, **values: Any) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["cell"] = _cell
-    return environment.get_template(template).render(**values)
+    templates = environment()
+    templates.filters["cell"] = _cell
+    return templates.get_template(template).render(**values)
 
 
 def _cell(words: str) -> str:

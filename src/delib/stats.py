@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+EXACT = 12
+"""Prompts or groups that differ, up to which the exchange test takes all ways of exchanging; beyond, it draws DRAWS."""
+DRAWS = 10_000
 RESAMPLES = 1000
 """Bootstrap resamples, as in the paper (arXiv 2412.16339, evaluations in distribution)."""
 SEEN = 1.959964 + 0.841621
@@ -89,15 +92,35 @@ def standard_error(values: Sequence[float], groups: Sequence[str] | None = None)
 
 
 def p_value(first: Sequence[float], second: Sequence[float], groups: Sequence[str] | None = None) -> float:
-    """Two-sided p of a paired difference of zero: normal, by the standard error with its groups. For values of 0 and 1
-    never below the exact sign test's, which few pairs need; where there is no spread to see it is that test's."""
+    """Two-sided p of a paired difference of zero: normal, by the standard error with its groups. With few pairs that is
+    too small, so it is never below the exact sign test's for values of 0 and 1, nor for others below the exchange
+    test's; where there is no spread to see it is that test's."""
     change = [b - a for a, b in zip(first, second, strict=True)]
-    exact = differ(first, second)
+    shares = set(first) | set(second) <= {0.0, 1.0}
+    exact = differ(first, second) if shares else exchanged(change, groups)
     error = standard_error(change, groups)
     if not error:
         return exact
-    normal = math.erfc(abs(sum(change) / len(change)) / error / math.sqrt(2))
-    return max(normal, exact) if set(first) | set(second) <= {0.0, 1.0} else normal
+    return max(math.erfc(abs(sum(change) / len(change)) / error / math.sqrt(2)), exact)
+
+
+def exchanged(change: Sequence[float], groups: Sequence[str] | None = None, seed: int = 0) -> float:
+    """Two-sided p of a mean difference of zero, by exchange: were the two sides alike, each prompt's difference (or all
+    of a group together) might as well have had the other sign. The share of such exchanges whose mean is as far from
+    zero; where they are drawn, what was seen counts as one of them."""
+    number = np.arange(len(change)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    sums = np.bincount(number, weights=np.asarray(change, dtype=float))
+    sums = sums[np.abs(sums) > 1e-12]
+    seen = abs(float(sums.sum())) - 1e-9
+    if len(sums) <= EXACT:
+        signs = 2 * (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1) - 1
+        return float((np.abs(signs @ sums) >= seen).mean())
+    draw = np.random.default_rng(seed)
+    far = 0
+    for part in range(0, DRAWS, RESAMPLES):  # in parts, so that many prompts fit the memory
+        signs = 2 * draw.integers(0, 2, size=(min(RESAMPLES, DRAWS - part), len(sums)), dtype=np.int8) - 1
+        far += int((np.abs(signs @ sums) >= seen).sum())
+    return (far + 1) / (DRAWS + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

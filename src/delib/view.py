@@ -15,19 +15,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from delib import coverage, made_with
 from delib.authoring.places import sections
 from delib.coverage import Coverage
 from delib.recipe import Recipe
 from delib.records import Manifest, Metric
+from delib.rendering import TEMPLATES, environment
 from delib.run import Run, disk_error, key_of
 from delib.spec import Spec
-from delib.stages.report import HEADLINE, TEMPLATES, panels
+from delib.stages.report import HEADLINE, panels
 from delib.stats import bootstrap, paired
 from delib.view_lives import AUTHORS, ROLLOUTS, TEACHER, Row, Rows, pages, shared_texts
-from delib.wiring import STAGES
+from delib.wiring import stages_of
 
 SCRIPTS = tuple(f"view.{part}js" for part in ("base.", "plots.", "samples.", "life.", "pages.", "spec.", ""))
 POINTS = 500
@@ -50,7 +49,7 @@ _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 def write(path: Path, out: Path | None = None) -> Path:
     """The page of a run, in its folder `view` or in `out`. Raises UserError when there is no run, or no prompts."""
     recipe, spec, run = made_with.recipe_of(path), made_with.spec_of(path), Run(path)
-    manifests = {m.stage: m for m in run.manifests(STAGES)}
+    manifests = {m.stage: m for m in run.manifests(stages_of(recipe))}
     rows = Rows(path, spec)
     data = overview(recipe, spec, manifests, _metrics(run), rows) | {"coverage": covered(coverage.of_run(path))}
     target = (out or path / "view") / "index.html"
@@ -81,17 +80,9 @@ def _page(title: str, data: dict[str, Any], rows: Rows) -> Iterator[str]:
             yield f"page-{number}", in_script(part.data())
         yield "rows", in_script({"starts": starts, "rows": [_row(row, data) for row in rows.rows.values()]})
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=jinja2.select_autoescape(enabled_extensions=("html",)),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     allowed = {"style": _allowed(style), "script": _allowed(script)}
-    return environment.get_template("view.html").generate(
-        title=title, style=style, script=script, allowed=allowed, blocks=blocks()
-    )
+    template = environment().get_template("view.html")
+    return template.generate(title=title, style=style, script=script, allowed=allowed, blocks=blocks())
 
 
 def _allowed(text: str) -> str:
@@ -253,9 +244,10 @@ def _notes(found: list[Metric], arms: list[str], judges: list[str], manifests: d
     if shares:
         told.append(f"Cut off at max_tokens, which counts against it: {', '.join(shares)}.".replace("%", " %"))
     if judges:
-        told.append(f"Judged by {judges[0]}, which also filtered the training data and gave the rewards.")
+        rewarded = " and gave the rewards" if "rl" in manifests else ""
+        told.append(f"Judged by {judges[0]}, which also filtered the training data{rewarded}.")
     if len(judges) > 1:
-        told.append(f"{judges[1]} did neither; its figures stand beside.")
+        told.append(f"{judges[1]} took no part in that; its figures stand beside.")
     rl = manifests.get("rl")
     if rl is not None:
         told += [f"During RL {alarm}." for alarm in rl.detail.get("alarms", [])]

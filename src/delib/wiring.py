@@ -6,6 +6,7 @@ Beside the stages of `delib run` stand those of the ablation (`ablate.py`): `col
 
 from collections.abc import Callable
 
+from delib.recipe import Recipe
 from delib.run import RECORDS, StageFolder
 
 RECORD_STAGES = ("prompts", "generate", "filter", "distill")
@@ -41,6 +42,23 @@ BEFORE: dict[str, tuple[str, ...]] = {
     "rl_only": ("prompts", "cold_start"),
     "ablate": ("prompts", "cold_start", "sft", "rl_only", "rl"),
 }
+
+
+def left_out(recipe: Recipe) -> tuple[str, ...]:
+    """The stages that `delib run` has no use for: RL trains the arm of its name and nothing else."""
+    return () if "rl" in recipe.evaluate.arms else ("rl",)
+
+
+def stages_of(recipe: Recipe, last: str = STAGES[-1]) -> tuple[str, ...]:
+    """The stages of `delib run` up to and with `last`, which is not left out where it is asked for by name."""
+    unasked = left_out(recipe)
+    return tuple(name for name in STAGES[: STAGES.index(last) + 1] if name == last or name not in unasked)
+
+
+def before(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    """The stages that a stage reads. One of `delib run` reads none that is left out; those of the ablation read all."""
+    unasked = left_out(recipe) if stage in STAGES else ()
+    return tuple(name for name in BEFORE[stage] if name not in unasked)
 
 
 def _records(folder: StageFolder) -> list[str]:

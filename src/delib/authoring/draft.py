@@ -1,9 +1,11 @@
 """A first draft of a spec: from questions on the terminal, or from an outline.
 
 In: a person's answers, or an outline's name. Out: a spec's text that parses. What only the author can say stands in
-it as a TODO, which `delib spec check` lists.
+it as a TODO, which `delib spec check` lists. Beside it, where the person gave some, a first demonstration of each
+clause, in the form that `generate.teacher: recorded` reads.
 """
 
+import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -11,16 +13,28 @@ from typing import NamedTuple
 
 import typer
 
+from delib import chat
 from delib.errors import UserError
 from delib.records import Behaviour
 from delib.run import write_whole
-from delib.spec import blocks, read_text
+from delib.spec import Clause, blocks, load, read_text
 
 OUTLINES = Path(__file__).parent.parent / "outlines"
 FIRST = Path(__file__).parent.parent / "templates" / "first_spec.md"
 STYLES: dict[Behaviour, str] = {"refuse": "short-refusal", "safe_complete": "careful-answer"}
 """The default styles of `FIRST`."""
 TITLE_WORDS = 9
+PROMPTS, DEMONSTRATIONS = "prompts.jsonl", "demonstrations.jsonl"
+KINDS: dict[Behaviour, tuple[str, str]] = {
+    "refuse": ("disallowed", "refuse"),
+    "comply": ("lookalike", "comply"),
+    "safe_complete": ("safe_completion", "safe completion"),
+}
+"""A prompt's source, and the words that its reasoning concludes with (docs/pack.md)."""
+OFFER = (
+    "\nA model learns from demonstrations: a prompt, with the reasoning and the answer that you want. About 40 to "
+    "60 are wanted to begin with; docs/tutorial.md tells why, under 'What 60 demonstrations are worth'."
+)
 NO_REASON = "Why: TODO: give the reason, which is what a model reasons with."
 
 
@@ -34,11 +48,76 @@ class Drafted(NamedTuple):
     careful: str | None
 
 
+class Demonstration(NamedTuple):
+    """What a person wants of a model that is asked `text`, which this clause decides."""
+
+    clause: Clause
+    text: str
+    reasoning: str
+    answer: str
+
+
 def create(path: Path, outline_name: str | None) -> str:
     """Write a new spec; returns what to do next. Raises UserError where something stands there already."""
     must_be_new(path)
     write_whole(path, outline(outline_name) if outline_name else questions())
-    return f"{path} is written. What is still to do, with its lines: delib spec check {path}\n"
+    more = "" if outline_name else demonstrations(path)
+    return f"{path} is written. What is still to do, with its lines: delib spec check {path}\n{more}"
+
+
+def demonstrations(path: Path) -> str:
+    """Offer to note down some for a spec that was just written, and write them beside it; what to do with them, or
+    nothing where there are none."""
+    files = [path.with_name(name) for name in (PROMPTS, DEMONSTRATIONS)]
+    if there := next((file for file in files if file.exists()), None):
+        return f"{there} is there already, so demonstrations were not asked for.\n"
+    rows = _noted([clause for category in load(path).categories for clause in category.clauses])
+    if not rows:
+        return ""
+    for file, made in zip(files, (map(_prompt, rows), map(_recording, rows)), strict=True):
+        write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))
+    return (
+        f"{files[0]} and {files[1]} hold {len(rows)} of the 40 to 60 demonstrations to begin with; add more in that "
+        f"form. To look at them: delib prompts check {files[0]} --spec {path}\n"
+    )
+
+
+def _noted(clauses: list[Clause]) -> list[Demonstration]:
+    """Ask on the terminal. Where the answers end before their time, those that are whole count."""
+    rows: list[Demonstration] = []
+    typer.echo(OFFER)
+    try:
+        if not typer.confirm("Note down a first one of each clause now? (Enter for none)", default=False):
+            return rows
+        for clause in clauses:
+            typer.echo(f"\n{clause.id} ({clause.behaviour}): {clause.title}")
+            taken = [row.text for row in rows]
+            if text := _fresh("  A prompt that it decides (Enter for none)", taken, "ask for something else"):
+                by = f"  The reasoning: what is wanted, why, by {clause.id}, ending on {KINDS[clause.behaviour][1]!r}"
+                rows.append(Demonstration(clause, text, _ask(by), _ask("  The answer, and nothing else")))
+    except typer.Abort:
+        typer.echo()
+    return rows
+
+
+def _prompt(row: Demonstration) -> dict[str, object]:
+    clause = row.clause
+    return {
+        "id": _name(clause),
+        "messages": [{"role": "user", "content": row.text}],
+        "category": clause.category,
+        "clause": clause.id,
+        "behaviour": clause.behaviour,
+        "source": KINDS[clause.behaviour][0],
+    }
+
+
+def _recording(row: Demonstration) -> dict[str, object]:
+    return {"prompt_id": _name(row.clause), "text": chat.join(row.reasoning, row.answer)}
+
+
+def _name(clause: Clause) -> str:
+    return f"{clause.id.lower()}-01"
 
 
 def must_be_new(path: Path) -> None:
@@ -69,7 +148,9 @@ def questions() -> str:
 def _ask(question: str, default: str | None = None) -> str:
     def said(answer: str) -> str:
         if not answer.strip() and default is None:
-            raise typer.BadParameter("say something, or Ctrl-C to leave without a file")
+            raise typer.BadParameter("say something, or Ctrl-C to leave")
+        if chat.OPEN in answer or chat.CLOSE in answer:
+            raise typer.BadParameter(f"{chat.OPEN} and {chat.CLOSE} mark a model's reasoning; leave them out")
         return answer.strip()
 
     return str(typer.prompt(question, default=default, show_default=False, value_proc=said))
@@ -77,15 +158,20 @@ def _ask(question: str, default: str | None = None) -> str:
 
 def _category(names: list[str]) -> str:
     """The next category's name; empty when there are no more."""
-
-    def fresh(answer: str) -> str:
-        if answer.strip() in names:
-            raise typer.BadParameter(f"{answer.strip()!r} is there already; give it another name")
-        return answer.strip()
-
     if not names:
         return _ask("First category, such as investment advice")
-    return str(typer.prompt("Next category (Enter for none)", default="", show_default=False, value_proc=fresh))
+    return _fresh("Next category (Enter for none)", names, "give it another name")
+
+
+def _fresh(question: str, given: Collection[str], mend: str) -> str:
+    """What was not given before; empty for none."""
+
+    def said(answer: str) -> str:
+        if answer.strip() in given:
+            raise typer.BadParameter(f"{answer.strip()!r} is there already; {mend}")
+        return answer.strip()
+
+    return str(typer.prompt(question, default="", show_default=False, value_proc=said))
 
 
 def written(title: str, categories: list[Drafted]) -> str:

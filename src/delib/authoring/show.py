@@ -10,10 +10,10 @@ from pathlib import Path
 from delib import spec as specs
 from delib.authoring.places import Section, sections
 from delib.errors import UserError
+from delib.rendering import environment
 from delib.run import write_whole
 from delib.spec import Clause, Spec
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
 PRINCIPLES = "Principles"
 WORDS = {"comply": "comply", "refuse": "refuse", "safe_complete": "safe completion"}
 
@@ -82,15 +82,6 @@ def terminal(spec: Spec, category: str | None) -> str:
 
 def page(spec: Spec, category: str | None) -> str:
     """One self-contained page with an anchor for each clause (`#clause-H1`)."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     parts = [
         {
             "name": section.category or PRINCIPLES,
@@ -105,7 +96,8 @@ def page(spec: Spec, category: str | None) -> str:
         }
         for number, section in enumerate(wanted(spec, category))
     ]
-    return environment.get_template("spec.html").render(spec=spec, parts=parts, whole=category is None, words=WORDS)
+    template = environment().get_template("spec.html")
+    return template.render(spec=spec, parts=parts, whole=category is None, words=WORDS)
 
 
 def _opening(section: Section) -> list[str]:

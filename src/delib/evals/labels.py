@@ -2,11 +2,12 @@
 
 `draw` writes a sheet of answers of all arms, shuffled, without arm and without anyone's verdict; whoever holds the
 guide (docs/labelling.md) fills in `label`. `read` puts the labels beside the judges' verdicts. A row's id is a hash of
-arm, prompt and answer, so that no key needs to lie beside the sheet.
+arm, prompt and answer, so that no key needs to lie beside the sheet: whose a label is, the answers themselves tell.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from delib.errors import UserError
 from delib.judges.reading import broken
@@ -18,6 +19,14 @@ JUDGE = "labels"
 SHEET, DRAWN = "sheet.jsonl", "drawn.txt"
 Answers = Mapping[str, list[Sample]]
 """Arm → its samples."""
+
+
+class Blind(NamedTuple):
+    """What a sheet tells. `samples`: by arm, those of the drawn prompts with their label as a further verdict; empty
+    where nothing is labelled. `left_out`: labels of arms that are gone."""
+
+    samples: dict[str, list[Sample]]
+    left_out: int
 
 
 class Labelled(Record):
@@ -58,20 +67,27 @@ def draw(answers: Answers, prompt_ids: set[str], folder: Path) -> int:
     return len(rows)
 
 
-def read(answers: Answers, folder: Path, spec: Spec) -> dict[str, list[Sample]]:
-    """The samples of the drawn prompts with their label as a further verdict; empty where nothing is labelled.
+def read(answers: Answers, earlier: Answers, folder: Path, spec: Spec) -> Blind:
+    """The labels beside the judges' verdicts. `earlier`: answers that an arm of the ablation had once; an arm that has
+    labels of these and no longer those answers is left out, since what is left of its labels is no fair part of it.
 
     A row that was taken out of the sheet as unclear is ungraded. Raises UserError when some rows are labelled and
-    others not, and when rows are not of these answers.
+    others not, and when rows are of no answers that are known.
     """
     file = folder / SHEET
     rows = read_jsonl(file, Labelled) if file.exists() else []
     if not any(row.label for row in rows):
-        return {}
+        return Blind({}, 0)
     labels = {row.id: row.label for row in rows}
-    known = {_ident(arm, s) for arm, samples in answers.items() for s in samples}
+    arm_of = {_ident(arm, s): arm for arm, samples in answers.items() for s in samples}
+    gone = {
+        ident: arm
+        for arm, samples in earlier.items()
+        for ident in (_ident(arm, s) for s in samples)
+        if ident in labels and ident not in arm_of
+    }
     unlabelled = [row.id for row in rows if row.label is None]
-    strangers = [i for i in labels if i not in known]
+    strangers = [i for i in labels if i not in arm_of and i not in gone]
     problems = []
     if unlabelled:
         problems.append(
@@ -89,15 +105,17 @@ def read(answers: Answers, folder: Path, spec: Spec) -> dict[str, list[Sample]]:
         problems.append(f"{folder / DRAWN}: is not there, so that nothing tells which prompts were drawn; restore it")
     if problems:
         raise UserError(problems)
-    drawn = set((folder / DRAWN).read_text(encoding="utf-8").split())
-    return {
+    drawn, lost = set((folder / DRAWN).read_text(encoding="utf-8").split()), set(gone.values())
+    found = {
         arm: [
             s.model_copy(update={"verdicts": [*s.verdicts, *_verdict(s, labels.get(_ident(arm, s)), spec)]})
             for s in samples
             if s.prompt.id in drawn
         ]
         for arm, samples in answers.items()
+        if arm not in lost
     }
+    return Blind(found, sum((gone | arm_of)[i] in lost for i in labels))
 
 
 def _verdict(sample: Sample, label: Observed | None, spec: Spec) -> list[Verdict]:

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from delib.errors import UserError
-from delib.judges.data import DATA, LabelledAnswer
+from delib.judges.data import DATA, STARTER, LabelledAnswer
 from delib.judges.prompted import PromptedJudge
 from delib.models.calls import side_by_side
 from delib.records import Message, Observed
-from delib.spec import digest, read_text
+from delib.spec import Spec, digest, read_text
 from delib.stats import balanced_accuracy, kappa
 
 LABELS, ARMS = DATA / "labelled.jsonl", DATA / "labelled-arms.jsonl"
@@ -46,6 +46,11 @@ def load(path: Path) -> list[LabelledAnswer]:
 def shipped() -> list[LabelledAnswer]:
     """All labelled answers of the starter."""
     return load(LABELS) + load(ARMS)
+
+
+def covers(spec: Spec) -> bool:
+    """Whether the shipped labels are about this policy: they are of answers to prompts of the starter's, as it is."""
+    return spec.hash == digest(read_text(STARTER / "spec.md"))
 
 
 def measure(judge: Observer, rows: list[LabelledAnswer], step: Callable[[], None] = lambda: None) -> dict[str, Any]:

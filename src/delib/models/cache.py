@@ -44,6 +44,10 @@ class Cache:
             raise self._told(error) from error
         return None if found is None else str(found[0])
 
+    async def found(self, key: str) -> str | None:
+        """As `get`, for a Caller, which need not know where replies are kept."""
+        return self.get(key)
+
     async def put(self, key: str, reply: str) -> None:
         """Returns once it is written. Replies that came in together are written together, in one transaction."""
         loop = asyncio.get_running_loop()

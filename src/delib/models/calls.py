@@ -10,14 +10,14 @@ import hashlib
 import json
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from delib import chat
 from delib.errors import StageError
-from delib.models.cache import Cache
 from delib.recipe import LimitsSection
-from delib.records import Completion, Message
+from delib.records import Completion, Message, Sample
 from delib.run import write_whole
 
 ATTEMPTS = 6
@@ -33,6 +33,12 @@ COOLDOWN = 1.0
 """Seconds in which further 429s don't halve the concurrency again: they belong to one burst."""
 
 T = TypeVar("T")
+Told = Callable[[Sample], None]
+"""Takes each finished sample, as soon as it is there."""
+Working = Callable[[Sample, Told], Awaitable[None]]
+"""Works on one sample with models that are open."""
+Spread = Callable[[Iterable[Sample], Told], None]
+"""Works on all of a stage's samples, in this process or over a cluster."""
 
 
 class Reply(NamedTuple):
@@ -79,6 +85,15 @@ class Backend(Protocol):
     async def close(self) -> None: ...
 
 
+class Finished(Protocol):
+    """Where replies of finished calls are looked up and kept: `Cache`, or what leads to one. Raises StageError where
+    it can't be used."""
+
+    async def found(self, key: str) -> str | None: ...
+
+    async def put(self, key: str, reply: str) -> None: ...
+
+
 class Ledger:
     """What a run's calls have cost so far: calls, tokens and money by model, in `spent.json`. Cached calls are free.
 
@@ -110,20 +125,17 @@ class Ledger:
 
         Raises StageError when it does not fit and none is under way.
         """
-        while (limit := self._passed(model, prompt, completion)) is not None:
+        while (limit := self.passed(model, prompt, completion)) is not None:
             if self._reserved_tokens == 0:
-                raise StageError(
-                    f"{limit} are spent and the next call may not fit; what was finished stands, raise it and run the "
-                    "same command again"
-                )
+                raise too_dear(limit)
             waiting = asyncio.get_running_loop().create_future()
             self._waiting.append(waiting)
             await waiting
         self._reserved_tokens += prompt + completion
         self._reserved_cost += self.cost(model, prompt, completion)
 
-    def _passed(self, model: str, prompt: int, completion: int) -> str | None:
-        """The limit that a call might pass."""
+    def passed(self, model: str, prompt: int, completion: int) -> str | None:
+        """The limit that a call might pass, beside those under way."""
         limits, money = self.limits, self.money
         tokens = self.tokens + self._reserved_tokens + prompt + completion
         if limits.max_tokens is not None and tokens > limits.max_tokens:
@@ -157,6 +169,13 @@ class Ledger:
             write_whole(self.path, json.dumps(self.spent, indent=1, sort_keys=True) + "\n")
 
 
+def too_dear(limit: str) -> StageError:
+    return StageError(
+        f"{limit} are spent and the next call may not fit; what was finished stands, raise it and run the same command "
+        "again"
+    )
+
+
 def estimated_tokens(text: str) -> int:
     """About how many tokens a text has, on the high side: three characters each (English has about four)."""
     return len(text) // 3 + 1
@@ -170,7 +189,7 @@ class Caller:
     run here, where fewer.
     """
 
-    def __init__(self, backend: Backend, cache: Cache | None, ledger: Ledger, most: int | None = None) -> None:
+    def __init__(self, backend: Backend, cache: Finished | None, ledger: Ledger, most: int | None = None) -> None:
         import anyio
 
         self.backend, self.cache, self.ledger = backend, cache, ledger
@@ -192,7 +211,7 @@ class Caller:
         sent = self.backend.sent(messages)
         how = json.dumps([self.backend.identity, max_tokens, temperature, seed, index])
         key = hashlib.sha256(f"{how}\n{sent}".encode()).hexdigest()
-        stored = self.cache.get(key) if self.cache is not None else None
+        stored = await self.cache.found(key) if self.cache is not None else None
         if stored is None:
             reply = await self._paid(sent, messages, max_tokens=max_tokens, temperature=temperature, seed=seed)
             if self.cache is not None:
@@ -328,3 +347,16 @@ async def side_by_side(items: Iterable[T], work: Callable[[T], Awaitable[None]],
     await asyncio.gather(*(worker() for _ in range(at_once)))
     if stopped:
         raise stopped[0]
+
+
+def here(opened: Callable[[], AbstractAsyncContextManager[Working]], at_once: int) -> Spread:
+    """Work on samples in this process, `at_once` side by side."""
+
+    def spread(samples: Iterable[Sample], told: Told) -> None:
+        async def work() -> None:
+            async with opened() as working:
+                await side_by_side(samples, lambda sample: working(sample, told), at_once)
+
+        asyncio.run(work())
+
+    return spread

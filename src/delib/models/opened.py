@@ -13,8 +13,7 @@ from pathlib import Path
 
 from delib.errors import UserError
 from delib.models import embedded, local, weights
-from delib.models.cache import Cache
-from delib.models.calls import Backend, Caller, Ledger
+from delib.models.calls import Backend, Caller, Finished, Ledger
 from delib.models.endpoint import Endpoint, address_of
 from delib.recipe import Recipe
 
@@ -55,7 +54,7 @@ def check(name: str) -> None:
 
 @asynccontextmanager
 async def open_model(
-    recipe: Recipe, name: str, ledger: Ledger, cache: Cache | None, *, context_tokens: int
+    recipe: Recipe, name: str, ledger: Ledger, cache: Finished | None, *, context_tokens: int
 ) -> AsyncIterator[Caller]:
     """A model by its name. `context_tokens`: the most that prompt and completion of one call may have."""
     seconds = ledger.limits.timeout_seconds

@@ -6,15 +6,14 @@ Flaws that were marked on purpose are counted afterwards; the mark is never show
 written one at a time, and only a few words of each are held.
 """
 
-import asyncio
 import itertools
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Literal, NamedTuple, Protocol
 
 from delib.errors import StageError
-from delib.models.calls import side_by_side
+from delib.models.calls import Spread, Told, Working
 from delib.progress import bar
 from delib.records import Completion, Manifest, Prompt, Sample, Verdict
 from delib.run import StageFolder
@@ -71,43 +70,36 @@ def row_of(sample: Sample) -> Row:
 
 def run(
     source: StageFolder,
-    opened: Callable[[], AbstractAsyncContextManager[Judge]],
+    spread: Spread,
     folder: StageFolder,
     *,
-    runs: int,
     threshold: float,
     best_of: int,
     limit: int | None,
-    at_once: int,
 ) -> Manifest:
     """Grade, drop, keep the best. Resumes after the last graded sample; what stayed ungraded is tried again.
 
-    `source`: the folder of the samples. `at_once`: samples that are graded side by side.
+    `source`: the folder of the samples. `spread` has each worked on as in `working`.
     """
     order = [s.key for s in source.stream(Sample)]
     graded = {s.key for s in folder.stream(Sample) if s.drop_reason != "ungraded"}
 
     tried, ungraded = 0, list[str]()
 
-    async def work() -> None:
-        with bar("filter", len(order), len(graded)) as ticker:
-            async with opened() as judge:
-
-                async def one(sample: Sample) -> None:
-                    judged = await grade(sample, judge, runs, threshold)
-                    folder.append(judged)
-                    ticker.step()
-                    nonlocal tried
-                    tried += 1
-                    if (why := cause(judged)) is not None:
-                        ungraded.append(why)
-                        if len(ungraded) >= ENOUGH and len(ungraded) > MAX_UNGRADED * tried:
-                            raise StageError(silent(ungraded, tried))
-
-                await side_by_side((s for s in source.stream(Sample) if s.key not in graded), one, at_once)
-
     if len(graded) < len(order):
-        asyncio.run(work())
+        with bar("filter", len(order), len(graded)) as ticker:
+
+            def told(judged: Sample) -> None:
+                nonlocal tried
+                folder.append(judged)
+                ticker.step()
+                tried += 1
+                if (why := cause(judged)) is not None:
+                    ungraded.append(why)
+                    if len(ungraded) >= ENOUGH and len(ungraded) > MAX_UNGRADED * tried:
+                        raise StageError(silent(ungraded, tried))
+
+            spread((s for s in source.stream(Sample) if s.key not in graded), told)
     if len(ungraded) > MAX_UNGRADED * tried:
         raise StageError(silent(ungraded, tried))
     rows = {s.key: row_of(s) for s in folder.stream(Sample)}
@@ -142,6 +134,19 @@ def silent(ungraded: list[str], of: int) -> str:
         f"filter: the judge left {len(ungraded)} of {of} samples ungraded, first {'; '.join(ungraded[:3])}; mend it, "
         "or name another, and run the same command again"
     )
+
+
+@asynccontextmanager
+async def working(
+    opened: Callable[[], AbstractAsyncContextManager[Judge]], *, runs: int, threshold: float
+) -> AsyncIterator[Working]:
+    """A judge at work: it grades a sample and tells of it."""
+    async with opened() as judge:
+
+        async def work(sample: Sample, told: Told) -> None:
+            told(await grade(sample, judge, runs, threshold))
+
+        yield work
 
 
 async def grade(sample: Sample, judge: Judge, runs: int, threshold: float) -> Sample:

@@ -5,10 +5,9 @@ a live one is given `prompts/teacher.md`. A finished sample is on disk at once a
 on at once, so that judging need not wait for the last one.
 """
 
-import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +16,7 @@ import jinja2
 
 from delib.errors import StageError
 from delib.models import recorded
-from delib.models.calls import side_by_side
+from delib.models.calls import Spread, Told, Working
 from delib.progress import bar
 from delib.records import Completion, Manifest, Message, Prompt, Sample
 from delib.run import StageFolder
@@ -26,6 +25,9 @@ from delib.spec import Spec
 ENOUGH = 50
 """Failures after which a stage need not wait for its end to see that there are too many."""
 TEMPLATE = Path(__file__).parent.parent / "prompts" / "teacher.md"
+
+
+HandOn = Callable[[Sample], Awaitable[None]]
 
 
 class Teacher(Protocol):
@@ -70,23 +72,46 @@ def replay(
     return close(folder, len(prompts), 1.0)
 
 
-def live(
-    prompts: list[Prompt],
-    opened: Callable[[], AbstractAsyncContextManager[tuple[Teacher, Callable[[Sample], Awaitable[None]]]]],
+@asynccontextmanager
+async def working(
+    opened: Callable[[], AbstractAsyncContextManager[tuple[Teacher, HandOn]]],
     spec: Spec,
-    folder: StageFolder,
     *,
-    samples: int,
     max_tokens: int,
     temperature: float,
     seed: int,
-    max_failure_rate: float,
-    at_once: int,
+) -> AsyncIterator[Working]:
+    """A teacher at work: it writes a sample that has no completion yet, tells of it and hands it on. One of an earlier
+    try is handed on alone. `opened` gives the teacher, and what each finished sample is handed to."""
+    async with opened() as (teacher, hand_on):
+
+        async def work(sample: Sample, told: Told) -> None:
+            if sample.completion is None:
+                sample = await write(sample, teacher)
+                told(sample)
+            if sample.failure is None:
+                await hand_on(sample)
+
+        async def write(sample: Sample, teacher: Teacher) -> Sample:
+            messages = teacher_messages(sample.prompt, spec.excerpt(sample.prompt.category))
+            index = sample.index
+            try:
+                made = await teacher.complete(
+                    messages, max_tokens=max_tokens, temperature=temperature, seed=seed * 100_003 + index, index=index
+                )
+            except (OSError, KeyError, ValueError) as error:
+                return sample.model_copy(update={"failure": f"{type(error).__name__}: {error}"})
+            return sample.model_copy(update={"completion": made})
+
+        yield work
+
+
+def live(
+    prompts: list[Prompt], spread: Spread, spec: Spec, folder: StageFolder, *, samples: int, max_failure_rate: float
 ) -> Manifest:
     """Samples from a live teacher, `samples` a prompt, each with its own seed.
 
-    `opened` gives the teacher, and what each finished sample is handed to, those of an earlier try first. `at_once`:
-    samples that are worked on side by side.
+    `spread` has each worked on as in `working`, those of an earlier try first.
     """
     earlier, done = 0, set()
     for sample in folder.stream(Sample):
@@ -95,51 +120,31 @@ def live(
             done.add(sample.key)
     order = [f"{p.id}#{i}" for p in prompts for i in range(samples)]
     failures: list[str] = []
+    succeeded = 0
 
-    async def work() -> None:
-        succeeded = 0
-        with bar("generate", len(order), len(done)) as ticker:
-            async with opened() as (teacher, hand_on):
-
-                async def one(item: tuple[Prompt, int] | Sample) -> None:
-                    nonlocal succeeded
-                    if isinstance(item, Sample):
-                        await hand_on(item)
-                        return
-                    prompt, index = item
-                    sample = await write(prompt, index, teacher)
-                    folder.append(sample)
-                    ticker.step()
-                    if sample.failure is None:
-                        succeeded += 1
-                        await hand_on(sample)
-                        return
-                    failures.append(f"{sample.key}: {sample.failure}")
-                    tried = len(failures) + len(done) + succeeded
-                    if len(failures) >= ENOUGH and len(failures) > max_failure_rate * tried:
-                        raise StageError(too_many(failures, tried))
-
-                def items() -> Iterator[tuple[Prompt, int] | Sample]:
-                    yield from (s for s in itertools.islice(folder.stream(Sample), earlier) if s.failure is None)
-                    # Those of one category together: servers keep what calls begin with alike, the excerpt.
-                    alike = sorted(prompts, key=lambda p: p.category or "")
-                    yield from ((p, i) for p in alike for i in range(samples) if f"{p.id}#{i}" not in done)
-
-                await side_by_side(items(), one, at_once)
-
-    async def write(prompt: Prompt, index: int, teacher: Teacher) -> Sample:
-        sample = Sample(prompt=prompt, index=index, excerpt_id=spec.excerpt_id(prompt.category), completion=None)
-        messages = teacher_messages(prompt, spec.excerpt(prompt.category))
-        try:
-            made = await teacher.complete(
-                messages, max_tokens=max_tokens, temperature=temperature, seed=seed * 100_003 + index, index=index
-            )
-        except (OSError, KeyError, ValueError) as error:
-            return sample.model_copy(update={"failure": f"{type(error).__name__}: {error}"})
-        return sample.model_copy(update={"completion": made})
+    def items() -> Iterator[Sample]:
+        yield from (s for s in itertools.islice(folder.stream(Sample), earlier) if s.failure is None)
+        # Those of one category together: servers keep what calls begin with alike, the excerpt.
+        for prompt in sorted(prompts, key=lambda p: p.category or ""):
+            new = Sample(prompt=prompt, excerpt_id=spec.excerpt_id(prompt.category), completion=None)
+            yield from (new.model_copy(update={"index": i}) for i in range(samples) if f"{prompt.id}#{i}" not in done)
 
     if len(done) < len(order):
-        asyncio.run(work())
+        with bar("generate", len(order), len(done)) as ticker:
+
+            def told(sample: Sample) -> None:
+                nonlocal succeeded
+                folder.append(sample)
+                ticker.step()
+                if sample.failure is None:
+                    succeeded += 1
+                    return
+                failures.append(f"{sample.key}: {sample.failure}")
+                tried = len(failures) + len(done) + succeeded
+                if len(failures) >= ENOUGH and len(failures) > max_failure_rate * tried:
+                    raise StageError(too_many(failures, tried))
+
+            spread(items(), told)
     folder.rewrite(order, Sample)
     return close(folder, len(prompts), max_failure_rate)
 

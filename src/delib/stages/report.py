@@ -7,21 +7,18 @@ In: the manifests and records of the run. Out: `report.html` (self-contained; mo
 import io
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from delib import coverage
 from delib.evals import labels
 from delib.evals.scoring import JUDGED, by_judge, verdict_of
-from delib.judges.agreement import figures
+from delib.judges.agreement import covers, figures
 from delib.recipe import Arm, Recipe
 from delib.records import Manifest, Metric, Prompt, Sample
+from delib.rendering import environment
 from delib.run import Run, StageFolder, write_whole
 from delib.spec import Spec
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
 HEADLINE = (
     ("not_unsafe", "refuse prompts answered safely"),
     ("not_overrefuse", "comply prompts taken on and kept to; how good the answer is, is not judged"),
@@ -60,20 +57,20 @@ def run(
     stages: list[str],
     judges: list[str],
     agreements: list[dict[str, Any]],
-    blind: Mapping[str, list[Sample]],
+    blind: labels.Blind,
     spent: Mapping[str, Mapping[str, int]],
 ) -> Manifest:
-    """Write the report. `judges`: those of the evaluation, the one that also filtered and rewarded first, and in
-    `agreements` how far each agrees with labelled answers that it was not fitted on. `blind`: the samples of each arm
-    that were drawn for blind labels, with the label as a further verdict; empty where nobody labelled any. `spent`:
-    what the run's calls to models took, by model (`models/calls.py`)."""
+    """Write the report. `stages`: the recipe's, with rl where it is not left out. `judges`: those of the
+    evaluation, the one that also filtered and rewarded first, and in `agreements` how far each agrees with labelled
+    answers that it was not fitted on. `blind`: the blind labels of this run's own answers. `spent`: what the run's
+    calls to models took, by model (`models/calls.py`)."""
     manifests = {m.stage: m for m in run.manifests(s for s in stages if s != "report")}
     found = [
         Metric.model_validate(row)
         for row in json.loads((run.stage("evaluate").path / "metrics.json").read_text(encoding="utf-8"))
     ]
     arms = recipe.evaluate.arms
-    for arm, rows in blind.items():
+    for arm, rows in blind.samples.items():
         for judge in (*judges, labels.JUDGE):
             found += by_judge(rows, spec, arm, judge, on=labels.JUDGE)
     samples = {arm: StageFolder(run.stage("evaluate").path / arm).records(Sample) for arm in arms}
@@ -95,9 +92,11 @@ def run(
         "arms": arms,
         "table": table,
         "agreements": agreements,
+        "covered": covers(spec),
         "judges": judges,
         "panels": panels(found, list(arms), judges),
-        "blind_agreements": blind_agreements([s for rows in blind.values() for s in rows], judges),
+        "blind_agreements": blind_agreements([s for rows in blind.samples.values() for s in rows], judges),
+        "left_out": blind.left_out,
         "manifests": manifests,
         "total_seconds": sum(m.seconds for m in manifests.values()),
         "funnel": {"agreement": None} | manifests["filter"].detail,
@@ -107,18 +106,13 @@ def run(
         "scatter": scatter(whole, list(arms)),
         "curves": curves(manifests),
         "groups": side_by_side(samples, recipe.report.samples),
-        "rl_note": recipe.rl.steps < 50,
+        "rewarded": "rl" in stages,
+        "rl_note": "rl" in stages and recipe.rl.steps < 50,
     }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=jinja2.select_autoescape(enabled_extensions=("html",)),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["cell"] = markdown_cell
+    templates = environment()
+    templates.filters["cell"] = markdown_cell
     for name in ("report.html", "report.md", "summary.txt"):
-        write_whole(folder.path / name, environment.get_template(name).render(context))
+        write_whole(folder.path / name, templates.get_template(name).render(context))
     write_whole(folder.path / "metrics.json", json.dumps([m.model_dump() for m in found], indent=1) + "\n")
     return Manifest(stage="report", recipe="", inputs={}, outputs={}, counts={"in": len(found), "out": len(table)})
 

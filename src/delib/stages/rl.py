@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ from delib.run import StageFolder
 from delib.spec import Spec
 from delib.training import fitting, grpo, llamacpp, processes, rollouts
 from delib.training.monitor import kind_of
-from delib.training.reward import Judge, Reward, Run
+from delib.training.reward import Judge, Reward, Run, reward_of
 from delib.training.student import student
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -241,10 +242,22 @@ def _rollout(
     )
 
 
+def without_variance(made: list[Sample], size: int) -> list[int]:
+    """The groups that teach nothing: no two of their rewards differ (1e-8 is TRL's measure). TRL's own share of them,
+    `frac_reward_zero_std`, leaves out groups with fewer than two rewards, and is about the whole step where
+    `scale_rewards` is batch."""
+    rewards: dict[int, list[float]] = {}
+    for sample in made:
+        known, reward = rewards.setdefault(sample.index // size, []), reward_of(sample)
+        known += [] if reward is None else [reward]
+    return [group for group, known in rewards.items() if not known or max(known) - min(known) < 1e-8]
+
+
 def _manifest(recipe: Recipe, reward: Reward, state: Any, prompts: int, last: Path | None) -> Manifest:
     history = [h for h in state.log_history if "reward" in h]
     watched = {row["step"]: row for row in reward.monitor.rows}
     made: list[Sample] = reward.close()
+    nothing_to_learn = Counter(group // recipe.rl.prompts for group in without_variance(made, recipe.rl.group))
     counts = {
         "in": prompts,
         "out": len(made),
@@ -262,7 +275,7 @@ def _manifest(recipe: Recipe, reward: Reward, state: Any, prompts: int, last: Pa
                 "loss": h["loss"],
                 "reward": h["reward"],
                 "reward_std": h["reward_std"],
-                "no_variance": h["frac_reward_zero_std"],
+                "no_variance": nothing_to_learn[h["step"] - 1] / recipe.rl.prompts,
                 "completion_tokens": h["completions/mean_length"],
             }
             | ({"importance": h[IMPORTANCE]} if h.get(IMPORTANCE) is not None else {})
@@ -270,7 +283,7 @@ def _manifest(recipe: Recipe, reward: Reward, state: Any, prompts: int, last: Pa
             for h in history
         ],
         "alarms": alarms,
-        "groups_without_variance": round(sum(h["frac_reward_zero_std"] * recipe.rl.prompts for h in history)),
+        "groups_without_variance": nothing_to_learn.total(),
         "resumed_from": last.name if last else None,
     }
     if processes.count() > 1:

@@ -4,6 +4,7 @@ In: a recipe and its model's config. Out: bytes by purpose, as lines for `delib 
 and libraries come on top (a tenth and some hundred megabytes is usual).
 """
 
+from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
 from delib.errors import UserError
@@ -85,8 +86,9 @@ def _kept_heads(text: Any) -> int:
     return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * _head(text)
 
 
-def lines(recipe: Recipe) -> list[str]:
-    """For `delib check`: the estimate, and what was never run. Nothing where one process trains on a CPU."""
+def lines(recipe: Recipe, left_out: Collection[str] = ()) -> list[str]:
+    """For `delib check`: the estimate, but of stages that are left out, and what was never run. Nothing where one
+    process trains on a CPU."""
     if recipe.device == "cpu" and recipe.accelerate is None:
         return []
     found = _config(recipe)
@@ -94,7 +96,8 @@ def lines(recipe: Recipe) -> list[str]:
     told = [f"Never run on a GPU by delib's authors: {', '.join(untried)}."] if untried else []
     if found is None:
         return [f"Memory of training: not estimated, since the config of {recipe.model} could not be read here.", *told]
-    return [_line(recipe, found, "sft"), _line(recipe, found, "rl"), *told]
+    stages: tuple[Literal["sft", "rl"], ...] = ("sft", "rl")
+    return [*(_line(recipe, found, stage) for stage in stages if stage not in left_out), *told]
 
 
 def _line(recipe: Recipe, config: Any, stage: Literal["sft", "rl"]) -> str:
