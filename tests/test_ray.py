@@ -241,20 +241,6 @@ def test_a_machine_that_comes_later_takes_its_part(machines, made, endpoint, moc
 
 
 @needs_ray
-@pytest.mark.slow
-def test_recorded_completions_are_graded_alike_by_the_compact_judge(machines, pack):
-    path, found = pack / "recipe.yaml", []
-    path.write_text(
-        "spec: spec.md\nprompts: {train: train.jsonl, heldout: heldout.jsonl}\ngenerate: {recordings: demos.jsonl}\n",
-        encoding="utf-8",
-    )
-    for out, overrides in (("plain", []), ("ray", [over(machines)])):
-        pipeline.run_to(pipeline.start_run(recipe.load(path, overrides), pack / out), "filter")
-        found.append(records(path, out, "filter"))
-    assert found[0] == found[1] and b'"judge":"compact"' in found[0]
-
-
-@needs_ray
 def test_a_head_that_does_not_answer_is_told_at_once():
     section = recipe.RaySection(address="127.0.0.1:1")
     with pytest.raises(UserError, match=r"ray\.address: 127\.0\.0\.1:1 does not answer"), on_ray.cluster(section):
