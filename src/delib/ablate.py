@@ -2,7 +2,8 @@
 
 In: a recipe. Out: `ablate.md` and `ablate.json` in the run folder. The recipe's own seed has the plain run folder,
 which `delib run` may have begun; each further seed is a run in `seed-K/`, with the first one's records up to distill.
-What is finished is not made again, whatever ended the command. The limits hold for all seeds together.
+What is finished is not made again, whatever ended the command. The limits hold for all seeds together, but for RL under
+`accelerate` (docs/cost.md).
 """
 
 import json

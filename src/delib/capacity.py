@@ -249,10 +249,12 @@ def table(recipe: Recipe, cluster: Cluster, count: int | None = None) -> str:
         lines.append(
             f"{row.stage:10} {calls:>13} {row.tokens:>19,} {row.hours:>11,.2f} {cost:>12}  {row.limit:9} {row.by}"
         )
-    money = sum(row.cost for row in rows if row.cost is not None)
+    priced = [row.cost for row in rows if row.cost is not None]
+    money = f"{sum(priced):,.2f}" if priced else "no price"
+    partly = "; cost of the rows with a price" if 0 < len(priced) < len(rows) else ""
     lines.append(
         f"{'together':10} {sum(row.calls for row in rows):>13,} {sum(row.tokens for row in rows):>19,} "
-        f"{hours(rows):>11,.2f} {money:>12,.2f}  (generate and filter run side by side)"
+        f"{hours(rows):>11,.2f} {money:>12}  (generate and filter run side by side{partly})"
     )
     lines += _idle(recipe, cluster, rows)
     return "\n".join(lines) + "\n"

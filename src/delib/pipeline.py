@@ -143,6 +143,7 @@ class Pipeline:
             return manifest
         if stage in TOGETHER and self.recipe.accelerate is not None and not processes.launched():
             processes.launch(self.recipe, stage, self.run.path)
+            self.opener.ledger.read()
             manifest = folder.manifest()
             assert manifest is not None
             return manifest

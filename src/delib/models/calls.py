@@ -102,10 +102,16 @@ class Ledger:
 
     def __init__(self, limits: LimitsSection, path: Path | None = None) -> None:
         self.limits, self.path = limits, path
-        self.spent: dict[str, dict[str, int]] = json.loads(path.read_text()) if path and path.exists() else {}
+        self.spent: dict[str, dict[str, int]] = {}
         self._reserved_tokens, self._reserved_cost = 0, 0.0
         self._waiting: list[asyncio.Future[None]] = []
         self._written = 0.0
+        self.read()
+
+    def read(self) -> None:
+        """Take what stands in the file: another process may have spent since."""
+        if self.path is not None and self.path.exists():
+            self.spent = json.loads(self.path.read_text())
 
     def cost(self, model: str, prompt: int, completion: int) -> float:
         """Money in the unit of the recipe's prices, which are for a million tokens."""

@@ -127,7 +127,7 @@ def set_aside(examples: list[Example], share: float, seed: int) -> set[str]:
 def drawn(
     section: MixSection, beside: int, longest: int, heldout: list[Prompt], tokenizer: Any, order: random.Random
 ) -> tuple[list[Row], dict[str, int]]:
-    """Rows of ordinary chat that make up the section's share beside `beside` whole examples, and what was left out."""
+    """Rows of ordinary chat that make up the section's share beside `beside` examples, and what was left out."""
     found, malformed = mix.load(section.data)
     sound = mix.clean(found, heldout)
     wanted = round(beside * section.share / (1 - section.share))

@@ -37,7 +37,7 @@ class Graded(NamedTuple):
 
 
 def kind_of(prompt: Prompt) -> str:
-    """Prompts are drawn, rewarded and watched by kind: the behaviour asked for, and everyday prompts apart."""
+    """Prompts are rewarded and watched by kind: the behaviour asked for, and everyday prompts apart."""
     return "plain" if prompt.category is None else str(prompt.behaviour)
 
 
