@@ -257,6 +257,7 @@ def test_what_is_wrong_before_any_compute(mock, monkeypatch):
     assert pipeline.check(recipe.load(mock, [])) == []
 
 
+@needs_ray
 def test_a_run_that_was_begun_without_ray_may_go_on_with_it(mock, monkeypatch):
     monkeypatch.setenv("MOCK_BASE_URL", "http://127.0.0.1:9/v1")
     runs = [pipeline.start_run(recipe.load(mock, given), mock.parent / "run") for given in ([], ["ray={workers: 4}"])]

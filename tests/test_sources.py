@@ -214,7 +214,9 @@ def test_a_recipe_names_sets_of_the_hub_and_files(pack, cached_hub):
         "hub:acme/set:train: no column 'instruction', which prompts.text names; it has question"
     ]
     loaded = recipe.load(file, chosen[:2])
-    made = pipeline.start_run(loaded, pack / "run").execute("prompts")
+    ready = pipeline.start_run(loaded, pack / "run")
+    pipeline.run_to(ready, "prompts")
+    made = ready.folder("prompts").manifest()
     assert (made.counts["train"], made.counts["rl"], made.counts["heldout"]) == (1, 2, 6)
     assert made.inputs["train"] == sources.identity("hub:acme/set:train")
     assert made.inputs["rl"] == sources.identity(table)

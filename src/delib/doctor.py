@@ -98,6 +98,8 @@ def environment() -> list[Finding]:
     found = [Finding("ok" if fits else "problem", "Python", python + mend), Finding("ok", "delib", own["Version"])]
     others = 0
     for requirement in map(Requirement, metadata.requires("delib") or []):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue  # of an extra, or of another system: not needed
         name = canonicalize_name(requirement.name)
         try:
             version = metadata.version(name)
