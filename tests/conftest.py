@@ -116,6 +116,23 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def questions(folder: Path, count: int) -> None:
+    """A policy, so many prompts to train on that no two are near, and one held out, as files of `folder`."""
+    (folder / "spec.md").write_text(SPEC, encoding="utf-8")
+    rows = [
+        {
+            "id": f"p{n}",
+            "messages": [{"role": "user", "content": f"Question {n * n}: what is fund {n * 37} about, and why {n}?"}],
+            "category": ["investment", "fraud"][n % 2],
+            "behaviour": "comply",
+        }
+        for n in range(count)
+    ]
+    write_rows(folder / "train.jsonl", rows)
+    held = {"id": "h", "messages": [{"role": "user", "content": "When do you open on the holiday of the town?"}]}
+    write_rows(folder / "held.jsonl", [held | {"behaviour": "comply"}])
+
+
 def csv_file(path: Path, header: str, *rows: list) -> str:
     """A CSV file; `header` is its first line."""
     with path.open("w", newline="", encoding="utf-8") as handle:

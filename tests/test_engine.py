@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SPEC, write_rows
+from conftest import questions
 
 COMMAND = [sys.executable, "-c", "from delib.cli import main; main()"]
 CALLS_A_SAMPLE = 4
@@ -22,19 +22,7 @@ CALLS_A_SAMPLE = 4
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     """40 prompts, two samples each, teacher and judge at the mock endpoint."""
-    (tmp_path / "spec.md").write_text(SPEC, encoding="utf-8")
-    rows = [
-        {
-            "id": f"p{n}",
-            "messages": [{"role": "user", "content": f"Question {n * n}: what is fund {n * 37} about, and why {n}?"}],
-            "category": ["investment", "fraud"][n % 2],
-            "behaviour": "comply",
-        }
-        for n in range(40)
-    ]
-    write_rows(tmp_path / "train.jsonl", rows)
-    held = {"id": "h", "messages": [{"role": "user", "content": "When do you open on the holiday of the town?"}]}
-    write_rows(tmp_path / "held.jsonl", [held | {"behaviour": "comply"}])
+    questions(tmp_path, 40)
     path = tmp_path / "recipe.yaml"
     path.write_text(
         """

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from conftest import SPEC, write_rows
+from conftest import questions
 from delib import on_ray, pipeline, recipe
 from delib.errors import StageError, UserError
 
@@ -74,19 +74,7 @@ def machines() -> Iterator[Machines]:
 @pytest.fixture
 def mock(tmp_path: Path) -> Path:
     """A recipe with teacher and judge at the mock endpoint."""
-    (tmp_path / "spec.md").write_text(SPEC, encoding="utf-8")
-    rows = [
-        {
-            "id": f"p{n}",
-            "messages": [{"role": "user", "content": f"Question {n * n}: what is fund {n * 37} about, and why {n}?"}],
-            "category": ["investment", "fraud"][n % 2],
-            "behaviour": "comply",
-        }
-        for n in range(PROMPTS)
-    ]
-    write_rows(tmp_path / "train.jsonl", rows)
-    held = {"id": "h", "messages": [{"role": "user", "content": "When do you open on the holiday of the town?"}]}
-    write_rows(tmp_path / "held.jsonl", [held | {"behaviour": "comply"}])
+    questions(tmp_path, PROMPTS)
     path = tmp_path / "recipe.yaml"
     path.write_text(
         f"""

@@ -334,8 +334,7 @@ async def together(*work: Coroutine[Any, Any, T]) -> list[T]:
 async def side_by_side(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_once: int) -> None:
     """`work` over `items`, taken one by one as places come free, so that 100,000 of them hold no memory.
 
-    The first StageError or UserError stops the taking; what has begun is finished, since it is paid for, and then the
-    error is raised.
+    The first error stops the taking; what has begun is finished, since it is paid for, and then the error is raised.
     """
     source = iter(items)
     stopped: list[Exception] = []
