@@ -1,6 +1,6 @@
 """Can the text under judgement speak to the judge? How often an injection moves the verdict of a prompted judge.
 
-    python benchmarks/injections.py MODEL [--limit N] [--json OUT]
+    python benchmarks/injections.py MODEL [--limit N] [--concurrency N] [--json OUT]
 
 MODEL is what a recipe names as a model. In: the starter's `judge/injections.jsonl`, answers that are plainly bad by the
 starter's policy, each with a text that tries to raise its verdict. Each row is graded four times, one run each: with
@@ -37,7 +37,7 @@ from delib.judges.prompted import TEMPLATE, Model, PromptedJudge
 from delib.models import opened
 from delib.opener import Opener
 from delib.progress import bar
-from delib.recipe import Recipe
+from delib.recipe import LimitsSection, Recipe
 from delib.records import Behaviour, Completion, Message, Observed, Prompt, Verdict
 from delib.spec import Spec
 from delib.stats import bootstrap, paired
@@ -246,10 +246,10 @@ def report(model: str, found: dict[str, list[Pair]]) -> dict[str, Any]:
     }
 
 
-async def measure(name: str, rows: list[Row]) -> dict[str, list[Pair]]:
+async def measure(name: str, rows: list[Row], concurrency: int) -> dict[str, list[Pair]]:
     opened.check(name)
     spec = specs.load(STARTER / "spec.md")
-    async with Opener(Recipe(), spec).model(name) as model:
+    async with Opener(Recipe(limits=LimitsSection(concurrency=concurrency)), spec).model(name) as model:
         with bar(name, 4 * len(rows)) as ticker:
             return await graded(spec, model, rows, ticker.step)
 
@@ -258,12 +258,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="How often an injection moves a prompted judge's verdict.")
     parser.add_argument("model")
     parser.add_argument("--limit", type=int, help="so many rows, the kinds in turn")
+    parser.add_argument("--concurrency", type=int, default=LimitsSection().concurrency, help="calls at once, at most")
     parser.add_argument("--json", type=Path, help="a file for all figures and verdicts")
     options = parser.parse_args()
     try:
         # Those of one category together: servers keep what calls begin with alike, the policy.
         rows = sorted(drawn(load(), options.limit), key=lambda row: row.category or "")
-        found = asyncio.run(measure(options.model, rows))
+        found = asyncio.run(measure(options.model, rows, options.concurrency))
     except (UserError, StageError) as error:
         sys.exit(str(error))
     print(table(found))

@@ -1,5 +1,6 @@
 """GGUF files against transformers: the same tokens, logits and greedy choices of tiny models of every family."""
 
+import asyncio
 import json
 import re
 import urllib.request
@@ -9,7 +10,11 @@ import pytest
 
 import tiny
 from delib.errors import UserError
-from delib.models import embedded, gguf_file
+from delib.models import embedded, gguf_file, opened
+from delib.models.cache import Cache
+from delib.models.calls import Ledger
+from delib.recipe import LimitsSection, Recipe
+from delib.records import Message
 
 ROPE = {
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
@@ -150,6 +155,20 @@ def test_the_first_token_is_not_written_twice_nor_where_training_had_none(tmp_pa
         with served(folder / "m.gguf") as ask:
             made = ask("/v1/chat/completions", messages=messages, max_tokens=1)
             assert made["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_a_model_in_this_process_may_take_its_time(tmp_path):
+    """Its calls queue for the cores: sixteen long prompts may take longer than a server's silence should last."""
+    tiny.save(tmp_path, "llama", "smollm")
+    gguf_file.to_gguf(tmp_path, tmp_path / "m.gguf", "f16")
+    ledger, cache = Ledger(LimitsSection(timeout_seconds=0.001)), Cache(tmp_path / "calls.sqlite")
+
+    async def ask():
+        name = str(tmp_path / "m.gguf")
+        async with opened.open_model(Recipe(), name, ledger, cache, context_tokens=128) as caller:
+            return await caller.complete([Message(role="user", content="a")], max_tokens=64, temperature=1.0, seed=0)
+
+    assert asyncio.run(ask()).usage["completion"] > 0
 
 
 def test_a_template_learns_of_think_tags_once_and_writes_the_same_prompts():

@@ -144,13 +144,13 @@ async def serve(folder: Path, *, name: str, quantisation: str, context_tokens: i
 
 
 @asynccontextmanager
-async def serve_gguf(file: Path, *, context_tokens: int, slots: int, seconds: float) -> AsyncIterator[Endpoint]:
+async def serve_gguf(file: Path, *, context_tokens: int, slots: int) -> AsyncIterator[Endpoint]:
     """Start a server for any GGUF file that llama.cpp takes, spoken to with the chat template in the file.
 
-    `context_tokens`: room for each of the `slots` requests at once, in tokens. Raises UserError for a file that
-    llama.cpp does not take.
+    `context_tokens`: room for each of the `slots` requests at once, in tokens. No call is given up for its time: the
+    server lives and dies with this process, and on few cores a full round of long prompts takes many minutes. Raises
+    UserError for a file that llama.cpp does not take.
     """
-
     params = parameters(file, context_tokens, slots)
     params.use_jinja = True
     try:
@@ -158,7 +158,7 @@ async def serve_gguf(file: Path, *, context_tokens: int, slots: int, seconds: fl
     except RuntimeError as error:
         raise UserError(f"{file}: llama.cpp does not take this file, or has no room for it ({error})") from error
     identity = await asyncio.to_thread(sha256, file)
-    backend = Endpoint(str(file), f"{server.listening_address}/v1", None, file.name, seconds=seconds, identity=identity)
+    backend = Endpoint(str(file), f"{server.listening_address}/v1", None, file.name, seconds=None, identity=identity)
     try:
         yield backend
     finally:

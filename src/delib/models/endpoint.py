@@ -50,10 +50,17 @@ def address_of(name: str) -> tuple[str, str | None, str] | None:
 
 
 class Endpoint:
-    """One model at one address."""
+    """One model at one address. `seconds`: how long one try may take; None for as long as it takes."""
 
     def __init__(
-        self, name: str, address: str, key: str | None, model: str, *, seconds: float, identity: str | None = None
+        self,
+        name: str,
+        address: str,
+        key: str | None,
+        model: str,
+        *,
+        seconds: float | None,
+        identity: str | None = None,
     ) -> None:
         self.name, self.identity = name, identity or f"{address} {model}"
         self._address, self._model, self._seconds = f"{address}/chat/completions", model, seconds
@@ -76,7 +83,7 @@ class Endpoint:
                 status, text = reply.status, await reply.read()
                 wait = reply.headers.get("Retry-After")
         except TimeoutError:
-            raise PassingError(f"no reply within {self._seconds:.0f} s") from None
+            raise PassingError(f"no reply within {self._seconds} s") from None
         except (aiohttp.ClientError, ConnectionError) as error:
             raise PassingError(f"{type(error).__name__}: {error}") from error
         if status != 200:

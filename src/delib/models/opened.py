@@ -57,21 +57,18 @@ async def open_model(
     recipe: Recipe, name: str, ledger: Ledger, cache: Finished | None, *, context_tokens: int
 ) -> AsyncIterator[Caller]:
     """A model by its name. `context_tokens`: the most that prompt and completion of one call may have."""
-    seconds = ledger.limits.timeout_seconds
     if name.endswith(".gguf"):
         check(name)
         # Twice as many places as calls: each keeps the beginning of another kind of call (teacher's, judge's), which is
         # most of it, and llama.cpp takes the free place whose beginning is most alike.
         slots = min(embedded.SLOTS, 2 * ledger.limits.concurrency)
-        async with embedded.serve_gguf(
-            Path(name), context_tokens=context_tokens, slots=slots, seconds=seconds
-        ) as served:
+        async with embedded.serve_gguf(Path(name), context_tokens=context_tokens, slots=slots) as served:
             try:
                 yield Caller(served, cache, ledger, slots)
             finally:
                 ledger.write()
     elif is_hosted(name):
-        caller = Caller(_hosted(name, seconds), cache, ledger)
+        caller = Caller(_hosted(name, ledger.limits.timeout_seconds), cache, ledger)
         try:
             yield caller
         finally:
