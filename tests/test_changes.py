@@ -216,6 +216,20 @@ def test_a_spec_that_is_not_the_runs_is_not_overwritten(made, tmp_path):
     assert CLAUSE[1] in (folder / "spec.md").read_text(), "the run's own copy follows"
 
 
+def test_a_stage_by_hand_goes_by_the_policy_that_the_run_was_started_with(made, run):
+    file = made.folder / "spec.md"
+    text, finished = file.read_text(), (run / "filter" / "manifest.json").read_text()
+    file.write_text(text.replace(*CLAUSE))
+    try:
+        opened = pipeline.open_run(run)
+        opened.execute("filter")
+        assert (run / "filter" / "manifest.json").read_text() == finished and CLAUSE[0] in opened.spec_path.read_text()
+        pipeline.run_to(made.start(run), "prompts")
+        assert CLAUSE[1] in pipeline.open_run(run).spec_path.read_text(), "a new start takes the edited file"
+    finally:
+        file.write_text(text)
+
+
 def test_a_run_without_the_stages_own_copies_is_told_by_its_last_start(made, run):
     for stage in ("prompts", "generate", "filter"):
         (run / stage / "recipe.yaml").unlink()

@@ -106,7 +106,7 @@ def run_folder(tmp_path):
     run = make_run(tmp_path / "run")
     policy = tmp_path / "policy.md"
     policy.write_text(SPEC)
-    made_with.keep(Recipe(spec=str(policy)), run.path)
+    made_with.keep(Recipe(spec=str(policy)), policy, run.path)
     held = run.stage("evaluate/base").records(Sample)[0].prompt.model_copy(update={"split": "heldout"})
     run.stage("prompts").replace([held])
     for stage in ("prompts", "evaluate"):
@@ -134,7 +134,7 @@ def test_a_run_is_told_by_the_spec_it_was_made_with(run_folder, tmp_path):
 def test_a_run_without_samples_yet_tells_its_prompts(tmp_path):
     policy = tmp_path / "policy.md"
     policy.write_text(SPEC)
-    made_with.keep(Recipe(spec=str(policy)), tmp_path)
+    made_with.keep(Recipe(spec=str(policy)), policy, tmp_path)
     with pytest.raises(UserError, match="stage prompts is not finished"):
         coverage.of_run(tmp_path)
     folder = StageFolder(tmp_path / "prompts")

@@ -111,7 +111,8 @@ def test_kuberay_has_the_fields_that_its_types_demand():
         assert {ref["name"] for ref in refs.values()} == {"delib-keys"}
     sent = config["data"]
     assert config["metadata"]["name"] == "my-run-2-launch" and config["kind"] == "ConfigMap"
-    assert json.loads(sent["launch.json"]) == {"nodes": 3, "processes": 8, "gpus": 8, "run": AWKWARD}
+    given = {"nodes": 3, "processes": 8, "gpus": 8, "run": AWKWARD, "stages": ["sft", "rl"]}
+    assert json.loads(sent["launch.json"]) == given
     assert yaml.safe_load(sent["accelerate.yaml"])["num_processes"] == 24
     ast.parse(sent["each_node.py"])
     assert job["spec"]["entrypoint"] == f"python {launch.PLACE}/each_node.py", "nothing in it that needs quotes"
@@ -122,7 +123,7 @@ def test_each_ray_node_gets_its_rank_and_the_first_ones_address(tmp_path, monkey
     ran: list[list[str]] = []
     place = tmp_path / "each_node.py"
     place.write_text((launch.TEMPLATES / "each_node.py").read_text(encoding="utf-8"), encoding="utf-8")
-    given = {"nodes": 2, "processes": 4, "gpus": 4, "run": str(tmp_path / "a run")}
+    given = {"nodes": 2, "processes": 4, "gpus": 4, "run": str(tmp_path / "a run"), "stages": ["sft", "rl"]}
     (tmp_path / "launch.json").write_text(json.dumps(given), encoding="utf-8")
     found = importlib.util.spec_from_file_location("each_node", place)
     assert found is not None and found.loader is not None
@@ -238,6 +239,15 @@ def test_it_is_shown_and_written(tmp_path):
     written = out.read_text(encoding="utf-8")
     assert shown == f"{written}\n{out}: written; start it with: sbatch '{out}'\n"
     assert "\nlaunch sft\nlaunch rl\n" in written
+
+
+@pytest.mark.parametrize("system", ["slurm", "kuberay", "skypilot"])
+def test_rl_is_left_out_where_no_arm_asks_for_it(system):
+    """With it go its judge's key, and what it demands of the number of processes."""
+    script = made(system, JUDGE, "evaluate.arms=[base,sft]", "rl.prompts=15", nodes=2)
+    assert "MY_SERVICE" not in script and "SFT on 2 nodes" in script
+    said = {"slurm": "launch sft\n", "kuberay": '"stages": ["sft"]', "skypilot": "for stage in sft; do"}
+    assert said[system] in script and "launch rl" not in script
 
 
 def run_folder(folder: Path, model: Path) -> Path:

@@ -42,7 +42,7 @@ def make(path, text, rows, arms=("base", "sft"), **more):
     path.mkdir()
     policy = path / "policy.md"
     policy.write_text(text)
-    made_with.keep(Recipe(spec=str(policy), evaluate={"arms": list(arms)}, **more), path)
+    made_with.keep(Recipe(spec=str(policy), evaluate={"arms": list(arms)}, **more), policy, path)
     inputs, parsed = {"spec": sha256(policy)}, spec.parse(text)
     policy.write_text("# Gone\n")
     folder = Run(path).stage("evaluate")
@@ -123,8 +123,8 @@ def test_ungraded_answers_are_no_numbers(tmp_path):
 def test_a_run_that_was_started_anew_is_told_by_what_its_answers_were_made_with(two):
     first, second = two
     evaluated = made_with.recipe_of(second).model_copy(update={"spec": str(second / "spec.md")})
-    made_with.keep(evaluated, second / "evaluate")
-    made_with.keep(evaluated.model_copy(update={"seed": 7}), second)
+    made_with.keep(evaluated, second / "spec.md", second / "evaluate")
+    made_with.keep(evaluated.model_copy(update={"seed": 7}), second / "spec.md", second)
     found, _ = diff.of(first, second, None)
     assert found.recipes[0] == "seed 0 → 1"
 

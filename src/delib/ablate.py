@@ -77,7 +77,7 @@ def share(first: Pipeline, other: Pipeline) -> None:
         if target.done(key):
             continue
         target.begin(key)
-        made_with.keep(other.recipe, target.path)
+        made_with.keep(other.recipe, other.spec_path, target.path)
         try:
             shutil.copyfile(source.records_path, target.records_path)
         except OSError as error:

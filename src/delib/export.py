@@ -144,7 +144,9 @@ def agreed(opened: pipeline.Pipeline) -> dict[str, Any]:
     minutes, is not asked: a card shows none of its figures."""
     say("measuring the judge, for the card")
     alone = opened.recipe.evaluate.model_copy(update={"second_judge": None})
-    return pipeline.Pipeline(opened.recipe.model_copy(update={"evaluate": alone}), opened.run).agreements()[0]
+    return pipeline.Pipeline(
+        opened.recipe.model_copy(update={"evaluate": alone}), opened.run, spec=opened.spec_path
+    ).agreements()[0]
 
 
 def card(template: str, **told: Any) -> str:

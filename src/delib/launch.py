@@ -2,8 +2,8 @@
 
 In: a recipe, how many nodes and processes, the run folder that all nodes share. Out: one file, from a template in
 `launches/`. Each node starts one `accelerate launch`, which learns its rank and where to meet the others from the
-scheduler; the program is `delib sft` and `delib rl`. Whatever enters a template is quoted or refused. Keys stand in it
-by the names of their variables alone. None of it was ever run on a cluster.
+scheduler; the program is `delib sft`, and `delib rl` where an arm asks for it. Whatever enters a template is quoted or
+refused. Keys stand in it by the names of their variables alone. None of it was ever run on a cluster.
 """
 
 import json
@@ -22,6 +22,7 @@ from delib.opener import called
 from delib.recipe import Recipe
 from delib.run import write_whole
 from delib.training import processes
+from delib.wiring import stages_of
 
 TEMPLATES = Path(__file__).parent / "launches"
 System = Literal["slurm", "kuberay", "skypilot"]
@@ -71,7 +72,8 @@ def render(
     folder = PurePosixPath(run or f"runs/{recipe.name}")
     found = processes.config(recipe)
     each = per_node or max(1, int(found.get("num_processes", 1)) // max(1, int(found.get("num_machines", 1))))
-    problems = _misfits(recipe, nodes * each)
+    stages = [stage for stage in ("sft", "rl") if stage in stages_of(recipe)]
+    problems = _misfits(recipe, nodes * each, stages)
     if system != "slurm" and not folder.is_absolute():
         problems.append(f"--run {folder}: on {system} give an absolute path, in a folder that all nodes share")
     elif system != "slurm" and len(folder.parts) < 3:
@@ -79,7 +81,7 @@ def render(
     for about, text in [("--run", str(folder)), ("recipe", named), *(("--set", item) for item in overrides)]:
         if not text.isprintable():
             problems.append(f"{about}: {text!r} holds a line break or a control character; leave it out")
-    variables = _variables(recipe)
+    variables = _variables(recipe) if "rl" in stages else []
     if not all(re.fullmatch("[A-Z_][A-Z0-9_]*", name) for name in variables):
         problems.append(
             f"judge: the key of {recipe.judge} can be in no variable; rename the service by letters and digits"
@@ -89,12 +91,13 @@ def render(
     words = [named, *(word for item in overrides for word in ("--set", item))]
     go_on = shlex.join(["delib", "run", *words, "--out", str(folder)])
     cuda = recipe.device == "cuda"
-    given = {"nodes": nodes, "processes": each, "gpus": each if cuda else 0, "run": str(folder)}
+    given = {"nodes": nodes, "processes": each, "gpus": each if cuda else 0, "run": str(folder), "stages": stages}
     return _template(FILES[system]).render(
         name=recipe.name,
         job=_job(recipe.name),
         nodes=nodes,
         processes=each,
+        stages=stages,
         cuda=cuda,
         run=str(folder),
         parent=str(folder.parent),
@@ -111,12 +114,13 @@ def render(
     )
 
 
-def _misfits(recipe: Recipe, count: int) -> list[str]:
+def _misfits(recipe: Recipe, count: int, stages: list[str]) -> list[str]:
     """What of batch and group can't be parted among so many processes."""
     told = []
-    for parted in (processes.rows_at_once, processes.completions_at_once):
+    parted = {"sft": processes.rows_at_once, "rl": processes.completions_at_once}
+    for stage in stages:
         try:
-            parted(recipe, count)
+            parted[stage](recipe, count)
         except UserError as error:
             told += error.problems
     return told

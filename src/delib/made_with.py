@@ -16,12 +16,9 @@ from delib.spec import Spec
 RECIPE, SPEC = "recipe.yaml", "spec.md"
 
 
-def keep(recipe: Recipe, folder: Path) -> None:
+def keep(recipe: Recipe, spec: Path, folder: Path) -> None:
     """Keep recipe and spec in a folder."""
-    for name, text in (
-        (RECIPE, recipes.dump(recipe)),
-        (SPEC, specs.read_text(recipes.path_of(recipe.spec))),
-    ):
+    for name, text in ((RECIPE, recipes.dump(recipe)), (SPEC, specs.read_text(spec))):
         if not (folder / name).exists() or specs.read_text(folder / name) != text:
             write_whole(folder / name, text)
 

@@ -46,12 +46,13 @@ class Pipeline:
     """A recipe and its run folder. Inputs are read and checked when it is made, before any compute.
 
     `ledger`: that of another run whose limits hold for both together; None takes the run's own, `spent.json`.
+    `spec`: the file of the policy; None takes the recipe's.
     """
 
-    def __init__(self, recipe: Recipe, run: Run, ledger: Ledger | None = None) -> None:
+    def __init__(self, recipe: Recipe, run: Run, ledger: Ledger | None = None, spec: Path | None = None) -> None:
         memory.keep()
         self.recipe, self.run = recipe, run
-        self.spec_path = recipes.path_of(recipe.spec)
+        self.spec_path = spec or recipes.path_of(recipe.spec)
         self.spec: Spec = specs.load(self.spec_path)
         self.opener = Opener(recipe, self.spec, ledger or Ledger(recipe.limits, run.path / "spent.json"))
 
@@ -150,7 +151,7 @@ class Pipeline:
         if lead and folder.begin(key):
             say(f"{stage}: its inputs changed, so it is made anew; the old one is in {folder.path.name}.stale")
         if lead:
-            made_with.keep(self.recipe, folder.path)
+            made_with.keep(self.recipe, self.spec_path, folder.path)
         processes.wait(self.recipe)
         started = time.monotonic()
         try:
@@ -366,8 +367,10 @@ _RUN: dict[str, Callable[[Pipeline, StageFolder], Manifest]] = {
 
 
 def open_run(path: Path) -> Pipeline:
-    """A run that exists, by its resolved recipe. Raises UserError when it is none."""
-    return Pipeline(made_with.recipe_of(path), Run(path))
+    """A run that exists, by the recipe and the spec that it was started with: the files that these came from may have
+    been edited since. Raises UserError when it is none."""
+    spec = path / made_with.SPEC
+    return Pipeline(made_with.recipe_of(path), Run(path), spec=spec if spec.exists() else None)
 
 
 def start_run(recipe: Recipe, path: Path, ledger: Ledger | None = None) -> Pipeline:
@@ -385,7 +388,7 @@ def run_to(pipeline: Pipeline, last: str) -> None:
 
 def run_all(pipeline: Pipeline, stages: Sequence[str]) -> None:
     """These stages, in order; one that is done is not run. The run's folder keeps what it was started with."""
-    made_with.keep(pipeline.recipe, pipeline.run.path)
+    made_with.keep(pipeline.recipe, pipeline.spec_path, pipeline.run.path)
     free = free_megabytes(pipeline.run.path)
     if free < NEEDED_MEGABYTES and not set(stages) <= set(RECORD_STAGES):
         say(f"note: {free} MiB are free at {pipeline.run.path}; training needs about {NEEDED_MEGABYTES}")

@@ -1,8 +1,8 @@
-"""Start `accelerate launch` once on each node of a Ray cluster, for SFT and then for RL. KubeRay runs this.
+"""Start `accelerate launch` once on each node of a Ray cluster, for one stage after the other. KubeRay runs this.
 
-In: launch.json (nodes, processes and GPUs of each, run folder) and accelerate.yaml, in this file's folder on every
-node. A node's rank is that of its place in a placement group; the first one's address and a free port of it are where
-all of them meet. It imports nothing of delib, and is sent along with the job.
+In: launch.json (nodes, processes and GPUs of each, run folder, stages) and accelerate.yaml, in this file's folder on
+every node. A node's rank is that of its place in a placement group; the first one's address and a free port of it are
+where all of them meet. It imports nothing of delib, and is sent along with the job.
 """
 
 import json
@@ -51,7 +51,7 @@ def main() -> None:
         place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
         return ray.remote(num_cpus=1, num_gpus=given["gpus"], max_retries=0, scheduling_strategy=place)(work)
 
-    for stage in ("sft", "rl"):
+    for stage in given["stages"]:
         address, port = ray.get(on(0, meeting_place).remote())
         ray.get([on(rank, launch).remote(stage, rank, address, port) for rank in range(given["nodes"])])
 
