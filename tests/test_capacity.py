@@ -60,6 +60,20 @@ def test_a_stages_hours_and_money_by_hand():
     assert row.cost is None
 
 
+def test_minutes_count_rays_workers_and_are_none_for_a_model_of_this_machine():
+    def minutes(*overrides: str) -> dict[str, str]:
+        told = plan.table(live(*overrides)).splitlines()
+        return {row.split()[0]: row.split()[4] for row in told[1:-1]}
+
+    one, four = minutes(), minutes("ray.workers=4")
+    for stage in ("generate", "filter"):
+        assert float(four[stage]) == pytest.approx(float(one[stage]) / 4, abs=0.1)
+    assert float(one["filter"]) > 1 and one["evaluate"] == four["evaluate"]
+    assert "64 at once, 4 times that in generate, 4 times that in filter." in plan.table(live("ray.workers=4"))
+    here = minutes("judge=smollm2")
+    assert (here["filter"], here["evaluate"], here["generate"]) == ("here", "here", one["generate"])
+
+
 def test_counts_are_the_plans_and_grow_with_the_prompts():
     given = live()
     planned = {(c.stage, c.model): c for c in plan.made(given)}

@@ -18,7 +18,7 @@ from delib import plan
 from delib import recipe as recipes
 from delib import spec as specs
 from delib.errors import UserError
-from delib.plan import Calls
+from delib.plan import TOGETHER, Calls, processes_of
 from delib.preflight import prompt_files
 from delib.recipe import Price, Recipe, Section
 from delib.records import Prompt
@@ -32,8 +32,6 @@ CPU_SECONDS_A_CALL = 1 / 642
 engine's rate with 256 calls at once (docs/results.md), where the core is the limit; its other rows are predicted."""
 SCALED = ("prompts", "generate", "filter")
 """The stages whose calls grow with the training prompts; RL has its steps, evaluate its held-out prompts."""
-TOGETHER = ("generate", "filter")
-"""Verdicts are asked for while completions are still written."""
 
 
 class Served(Section):
@@ -192,11 +190,6 @@ def _lessons(recipe: Recipe, wanted: int) -> dict[str, int]:
         shown += ceil(examples * section.epochs * section.mix.share / (1 - section.mix.share))
     longest = min(section.max_tokens, PROMPT_TOKENS + recipe.generate.max_tokens)
     return {"sft": shown * longest, "rl": _rollouts(recipe) * (PROMPT_TOKENS + recipe.rl.max_tokens)}
-
-
-def processes_of(recipe: Recipe, stage: str) -> int:
-    """How many processes make a stage's calls, each on a core of its own."""
-    return recipe.ray.workers if recipe.ray is not None and stage in TOGETHER else 1
 
 
 def _served(calls: Calls, cluster: Cluster, processes: int, most: int | None) -> Row:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from delib import recipe as recipes
 from delib import spec as specs
-from delib.models import recorded
+from delib.models import opened, recorded
 from delib.models.calls import estimated_tokens
 from delib.opener import FITTED
 from delib.pipeline import ASKED
@@ -27,6 +27,9 @@ SECONDS_A_CALL = 10
 JUDGE_TEXT, TEACHER_TEXT = 900, 400
 """Tokens, as estimated, of the judge's and the teacher's own instructions around what they are shown; label.md has
 fewer than the judge's."""
+
+TOGETHER = ("generate", "filter")
+"""Verdicts are asked for while completions are still written, by each of a Ray cluster's workers."""
 
 
 class Calls(NamedTuple):
@@ -121,6 +124,19 @@ def _labels(recipe: Recipe, rows: list[Prompt], spec: Spec) -> list[Calls]:
     return [c for c in found if c.calls]
 
 
+def processes_of(recipe: Recipe, stage: str) -> int:
+    """How many processes make a stage's calls, each on a core of its own."""
+    return recipe.ray.workers if recipe.ray is not None and stage in TOGETHER else 1
+
+
+def _minutes(row: Calls, recipe: Recipe) -> str:
+    """`here` where the model runs on this machine, which takes as long as it takes."""
+    if not opened.is_hosted(row.model):
+        return "here"
+    at_once = recipe.limits.concurrency * processes_of(recipe, row.stage)
+    return f"{row.calls * SECONDS_A_CALL / at_once / 60:.1f}"
+
+
 def table(recipe: Recipe) -> str:
     """The plan as lines; empty when no model is called and one process trains on a CPU."""
     absent = left_out(recipe)
@@ -134,15 +150,17 @@ def table(recipe: Recipe) -> str:
         price = recipe.limits.prices.get(row.model)
         cost = (row.sent * price.prompt + row.written * price.completion) / 1e6 if price else None
         total += cost or 0.0
-        minutes = row.calls * SECONDS_A_CALL / recipe.limits.concurrency / 60
+        minutes = _minutes(row, recipe)
         told = "no price" if cost is None else f"{cost:.2f}"
         lines.append(
-            f"{row.stage:10} {row.calls:>9,} {row.sent:>13,} {row.written:>11,} {minutes:>8.1f} {told:>9}  {row.model}"
+            f"{row.stage:10} {row.calls:>9,} {row.sent:>13,} {row.written:>11,} {minutes:>8} {told:>9}  {row.model}"
         )
     at_most = f"{sum(r.calls for r in found):,} calls, {sum(r.sent + r.written for r in found):,} tokens"
+    each = {row.stage: processes_of(recipe, row.stage) for row in found}
+    more = "".join(f", {count} times that in {stage}" for stage, count in each.items() if count > 1)
     money = f", {total:.2f} where a price is given" if recipe.limits.prices else ""
     lines.append(
-        f"At most {at_most}{money}; minutes at {SECONDS_A_CALL} s a call and {recipe.limits.concurrency} at once. "
-        "Finished calls are cached and cost nothing again; what fails or can't be read is asked for again."
+        f"At most {at_most}{money}; minutes at {SECONDS_A_CALL} s a call and {recipe.limits.concurrency} at once{more}."
+        " Finished calls are cached and cost nothing again; what fails or can't be read is asked for again."
     )
     return "\n".join(lines) + "\n" + memory
