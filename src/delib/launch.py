@@ -72,7 +72,7 @@ def render(
     folder = PurePosixPath(run or f"runs/{recipe.name}")
     found = processes.config(recipe)
     each = per_node or max(1, int(found.get("num_processes", 1)) // max(1, int(found.get("num_machines", 1))))
-    stages = [stage for stage in ("sft", "rl") if stage in stages_of(recipe)]
+    stages: list[str] = [stage for stage in ("sft", "rl") if stage in stages_of(recipe)]
     problems = _misfits(recipe, nodes * each, stages)
     if system != "slurm" and not folder.is_absolute():
         problems.append(f"--run {folder}: on {system} give an absolute path, in a folder that all nodes share")
