@@ -1,5 +1,9 @@
-"""Progress of long work, on stderr: what, how far, the rate and the time that remains."""
+"""Progress of long work, on stderr: what, how far, the rate and the time that remains.
 
+A terminal has a bar. A log, such as that of a batch job, has a line a minute.
+"""
+
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +14,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -17,6 +22,8 @@ from rich.progress import (
 from rich.text import Text
 
 console = Console(stderr=True)
+EVERY = 60
+"""Seconds from one line in a log to the next."""
 
 
 class _Rate(ProgressColumn):
@@ -27,11 +34,21 @@ class _Rate(ProgressColumn):
 class Ticker:
     """Counts finished items of one piece of work."""
 
-    def __init__(self, progress: Progress, task: int) -> None:
-        self._progress, self._task = progress, task
+    def __init__(self, progress: Progress, task: TaskID, done: int) -> None:
+        self._progress, self._task, self._done = progress, task, done
+        self._began = self._told = time.monotonic()
 
     def step(self, count: int = 1) -> None:
-        self._progress.advance(self._task, count)  # type: ignore[arg-type]
+        self._progress.advance(self._task, count)
+        now = time.monotonic()
+        if not console.is_terminal and now - self._told >= EVERY:
+            self._told = now
+            self._tell(self._progress.tasks[0], now - self._began)
+
+    def _tell(self, task: Task, seconds: float) -> None:
+        left = (task.total or 0) - task.completed
+        minutes = seconds / (task.completed - self._done) * left / 60
+        say(f"{task.description}: {task.completed:.0f} of {task.total:.0f}, about {minutes:.0f} min left")
 
 
 @contextmanager
@@ -47,7 +64,7 @@ def bar(what: str, total: int, done: int = 0) -> Iterator[Ticker]:
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(what, total=total, completed=done)
-        yield Ticker(progress, task)
+        yield Ticker(progress, task, done)
 
 
 def say(text: str) -> None:
