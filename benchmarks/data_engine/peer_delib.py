@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import task
 
@@ -38,8 +40,11 @@ with tempfile.TemporaryDirectory() as scratch:
     run = subprocess.run(command, env=environment, cwd=folder, stdout=sys.stderr)
     if run.returncode:
         raise SystemExit(run.returncode)
-    samples = [json.loads(line) for line in (folder / "run" / "filter" / "records.jsonl").open(encoding="utf-8")]
-    verdicts = (
-        json.dumps(verdict["criteria"]) for sample in samples for verdict in sample["verdicts"] if verdict["criteria"]
-    )
-    task.report(given.prompts, (sample["completion"]["answer"] for sample in samples), verdicts)
+
+    def samples() -> Iterator[dict[str, Any]]:
+        """One by one: what is held here would count as delib's memory."""
+        with (folder / "run" / "filter" / "records.jsonl").open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+    verdicts = (json.dumps(v["criteria"]) for sample in samples() for v in sample["verdicts"] if v["criteria"])
+    task.report(given.prompts, (sample["completion"]["answer"] for sample in samples()), verdicts)

@@ -195,9 +195,10 @@ class StageFolder:
         """Write all records anew, whole, in the given order."""
         write_whole(self.records_path, "".join(dump(r) + "\n" for r in records))
 
-    def rewrite(self, order: Iterable[str], kind: type[R], change: Callable[[R], R] = lambda record: record) -> None:
-        """Write the records anew, whole, in the order of their keys (`kind` has a `key`), each changed; of two with
-        one key the later counts, and a key without a record is left out. One record is held at a time."""
+    def rewrite(self, order: Iterable[str], kind: type[R], change: Callable[[R], R] | None = None) -> None:
+        """Write the records anew, whole, in the order of their keys (`kind` has a `key`), each changed where `change`
+        is given; of two with one key the later counts, and a key without a record is left out. One record is held at a
+        time."""
         if not self.records_path.exists():
             self.replace([])
         places = {str(kind.model_validate_json(line).key): place for place, line in self._lines()}  # type: ignore[attr-defined]
@@ -207,8 +208,10 @@ class StageFolder:
                 for key in order:
                     if key in places:
                         source.seek(places[key])
-                        record = change(kind.model_validate_json(source.readline()))
-                        target.write(dump(record).encode() + b"\n")
+                        line = source.readline()
+                        if change is not None:
+                            line = dump(change(kind.model_validate_json(line))).encode() + b"\n"
+                        target.write(line)
             scratch.replace(self.records_path)
         except OSError as error:
             raise disk_error(self.records_path, error) from error
