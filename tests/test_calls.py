@@ -397,11 +397,14 @@ def test_a_verdict_that_stood_in_what_was_graded_counts_for_nothing():
     verdict, model = judged(planted, GOOD, answer=f"Sorry.\n{planted}")
     assert verdict.score == 0.7 and verdict.reason == "r" and len(model.asked) == 2
     verdict, _ = judged(planted, planted, planted, answer=f"Sorry.\n{planted}")
-    assert verdict.score is None and "copied from what the judge was shown" in verdict.failure
+    assert verdict.score is None and "copied from the graded text" in verdict.failure
     own = judged(planted)[0]
     assert own.score == 0.7, "the same words of its own"
     said = 'The "polite" refusal that the clause demands.'
     assert judged(planted, planted, planted, answer=f"Sorry. {said}")[0].score is None
+    assert judged(GOOD, GOOD, GOOD, answer=f"Sorry.\n{GOOD}")[0].score is None, "however short its reason is"
+    quoted = GOOD.replace('"r"', '"Help with deceiving a bank is refused."')
+    assert judged(quoted)[0].score == 0.7, "the policy may be quoted"
 
 
 def test_side_information_says_what_the_label_says():

@@ -52,7 +52,7 @@ def run(recipe: Recipe, out: Path, seeds: int) -> str:
     pipeline.run_all(first, ABLATION)
     for seed in range(recipe.seed + 1, recipe.seed + seeds):
         further = recipe.model_copy(update={"seed": seed, "data_seed": recipe.record_seed})
-        runs.append(pipeline.start_run(further, out / f"seed-{seed}", first.opener.ledger))
+        runs.append(pipeline.start_run(further, out / f"seed-{seed}", first.opener.ledger, first.spec_path))
         share(first, runs[-1])
         pipeline.run_all(runs[-1], ABLATION)
     told = figures(runs)

@@ -18,7 +18,7 @@ from delib import plan
 from delib import recipe as recipes
 from delib import spec as specs
 from delib.errors import UserError
-from delib.plan import TOGETHER, Calls, processes_of
+from delib.plan import OVER_RAY, Calls, processes_of
 from delib.preflight import prompt_files
 from delib.recipe import Price, Recipe, Section
 from delib.records import Prompt
@@ -27,7 +27,7 @@ from delib.stages import evaluate, prompts
 from delib.training.footprint import PROMPT_TOKENS
 from delib.wiring import STAGES, stages_of
 
-CPU_SECONDS_A_CALL = 1 / 642
+CPU_SECONDS_A_CALL = 1 / 821
 """Fitted, the only constant that is: of one core, for a call with its retries, cache and records. It is the data
 engine's rate with 256 calls at once (docs/results.md), where the core is the limit; its other rows are predicted."""
 SCALED = ("prompts", "generate", "filter")
@@ -225,12 +225,12 @@ def _trained(stage: str, most: int, cluster: Cluster) -> Row:
 def hours(rows: Iterable[Row]) -> float:
     """How long all of it takes: one stage after the other, but generate and filter side by side."""
     rows = list(rows)
-    beside = [row for row in rows if row.stage in TOGETHER]
+    beside = [row for row in rows if row.stage in OVER_RAY]
     by_model: dict[str, float] = {}
     for row in beside:
         by_model[row.by] = by_model.get(row.by, 0.0) + row.hours
     both = max([*by_model.values(), sum(row.core_hours for row in beside)])
-    return both + sum(row.hours for row in rows if row.stage not in TOGETHER)
+    return both + sum(row.hours for row in rows if row.stage not in OVER_RAY)
 
 
 def table(recipe: Recipe, cluster: Cluster, count: int | None = None) -> str:
@@ -256,7 +256,7 @@ def table(recipe: Recipe, cluster: Cluster, count: int | None = None) -> str:
 def _idle(recipe: Recipe, cluster: Cluster, rows: list[Row]) -> list[str]:
     """Where the recipe has fewer calls under way than a model takes, while the cores could make more."""
     told = []
-    for name in sorted({row.by for row in rows if row.stage in TOGETHER and row.limit != "cores"}):
+    for name in sorted({row.by for row in rows if row.stage in OVER_RAY and row.limit != "cores"}):
         model, processes = cluster.models[name], processes_of(recipe, "generate")
         room = model.replicas * model.concurrency
         if recipe.limits.concurrency * processes < room:

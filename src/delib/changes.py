@@ -97,7 +97,7 @@ def _differences(pipeline: Pipeline, stage: str, manifest: Manifest) -> list[str
 
 def _by(pipeline: Pipeline, recipe: Recipe) -> Pipeline:
     """The same run by another recipe, with the spec of this one: the other's file may be gone."""
-    return Pipeline(recipe.model_copy(update={"spec": pipeline.recipe.spec}), pipeline.run)
+    return Pipeline(recipe, pipeline.run, spec=pipeline.spec_path)
 
 
 def _keys(pipeline: Pipeline, earlier: Recipe, stage: str) -> list[str]:

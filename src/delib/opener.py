@@ -5,6 +5,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from functools import partial
 from pathlib import Path
 
+from delib import made_with
 from delib import recipe as recipes
 from delib.judges.compact import CompactJudge
 from delib.judges.probe import ProbeJudge
@@ -25,9 +26,13 @@ CONVERSATION_TOKENS = 2048
 
 
 def recipe_of(model: str, overrides: list[str] | None = None) -> Recipe:
-    """The recipe of the run that a checkpoint stands in, else the quickstart's; it gives spec and max_tokens."""
-    beside = Path(model).resolve().parent.parent / "recipe.yaml"
-    return recipes.load(beside if Path(model).is_dir() and beside.exists() else recipes.QUICKSTART, overrides)
+    """The recipe of the run that a checkpoint stands in, with the spec that the run keeps, else the quickstart's; it
+    gives spec and max_tokens."""
+    run = Path(model).resolve().parent.parent
+    if not (Path(model).is_dir() and (run / made_with.RECIPE).exists()):
+        return recipes.load(recipes.QUICKSTART, overrides)
+    kept = [f"spec={run / made_with.SPEC}"] if (run / made_with.SPEC).exists() else []
+    return recipes.load(run / made_with.RECIPE, [*kept, *(overrides or [])])
 
 
 class Opener:

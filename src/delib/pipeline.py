@@ -373,12 +373,13 @@ def open_run(path: Path) -> Pipeline:
     return Pipeline(made_with.recipe_of(path), Run(path), spec=spec if spec.exists() else None)
 
 
-def start_run(recipe: Recipe, path: Path, ledger: Ledger | None = None) -> Pipeline:
-    """A new run folder for a recipe, or one that exists, in which nothing is changed before a stage is run."""
+def start_run(recipe: Recipe, path: Path, ledger: Ledger | None = None, spec: Path | None = None) -> Pipeline:
+    """A new run folder for a recipe, or one that exists, in which nothing is changed before a stage is run. `ledger`
+    and `spec` as for a Pipeline."""
     problems = check(recipe) or made_with.in_the_way(recipe, path)
     if problems:
         raise UserError(problems)
-    return Pipeline(recipe, Run(path), ledger)
+    return Pipeline(recipe, Run(path), ledger, spec)
 
 
 def run_to(pipeline: Pipeline, last: str) -> None:
@@ -387,8 +388,10 @@ def run_to(pipeline: Pipeline, last: str) -> None:
 
 
 def run_all(pipeline: Pipeline, stages: Sequence[str]) -> None:
-    """These stages, in order; one that is done is not run. The run's folder keeps what it was started with."""
+    """These stages, in order; one that is done is not run. The run's folder keeps what it was started with, and later
+    stages go by that, also where the policy's file is edited meanwhile."""
     made_with.keep(pipeline.recipe, pipeline.spec_path, pipeline.run.path)
+    pipeline.spec_path = pipeline.run.path / made_with.SPEC
     free = free_megabytes(pipeline.run.path)
     if free < NEEDED_MEGABYTES and not set(stages) <= set(RECORD_STAGES):
         say(f"note: {free} MiB are free at {pipeline.run.path}; training needs about {NEEDED_MEGABYTES}")

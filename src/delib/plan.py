@@ -28,7 +28,7 @@ JUDGE_TEXT, TEACHER_TEXT = 900, 400
 """Tokens, as estimated, of the judge's and the teacher's own instructions around what they are shown; label.md has
 fewer than the judge's."""
 
-TOGETHER = ("generate", "filter")
+OVER_RAY = ("generate", "filter")
 """Verdicts are asked for while completions are still written, by each of a Ray cluster's workers."""
 
 
@@ -126,11 +126,11 @@ def _labels(recipe: Recipe, rows: list[Prompt], spec: Spec) -> list[Calls]:
 
 def processes_of(recipe: Recipe, stage: str) -> int:
     """How many processes make a stage's calls, each on a core of its own."""
-    return recipe.ray.workers if recipe.ray is not None and stage in TOGETHER else 1
+    return recipe.ray.workers if recipe.ray is not None and stage in OVER_RAY else 1
 
 
 def _minutes(row: Calls, recipe: Recipe) -> str:
-    """`here` where the model runs on this machine, which takes as long as it takes."""
+    """`here` for a GGUF file or a model folder, which take as long as they take."""
     if not opened.is_hosted(row.model):
         return "here"
     at_once = recipe.limits.concurrency * processes_of(recipe, row.stage)

@@ -1,6 +1,6 @@
 """Progress of long work, on stderr: what, how far, the rate and the time that remains.
 
-A terminal has a bar. A log, such as that of a batch job, has a line a minute.
+A terminal has a bar. A log, such as that of a batch job, has a line a minute at most, as items finish.
 """
 
 import time
@@ -24,6 +24,8 @@ from rich.text import Text
 console = Console(stderr=True)
 EVERY = 60
 """Seconds from one line in a log to the next."""
+TELLING = 0.1
+"""The share of the work after which it tells how long the rest takes: a first round of calls ends late and at once."""
 
 
 class _Rate(ProgressColumn):
@@ -41,14 +43,16 @@ class Ticker:
     def step(self, count: int = 1) -> None:
         self._progress.advance(self._task, count)
         now = time.monotonic()
-        if not console.is_terminal and now - self._told >= EVERY:
+        if not console.is_interactive and now - self._told >= EVERY:
             self._told = now
             self._tell(self._progress.tasks[0], now - self._began)
 
     def _tell(self, task: Task, seconds: float) -> None:
-        left = (task.total or 0) - task.completed
-        minutes = seconds / (task.completed - self._done) * left / 60
-        say(f"{task.description}: {task.completed:.0f} of {task.total:.0f}, about {minutes:.0f} min left")
+        total, made = task.total or 0, task.completed - self._done
+        left = ""
+        if made >= TELLING * (total - self._done):
+            left = f", about {seconds / made * (total - task.completed) / 60:.0f} min left"
+        say(f"{task.description}: {task.completed:.0f} of {total:.0f}{left}")
 
 
 @contextmanager

@@ -228,7 +228,8 @@ class LimitsSection(Section):
     concurrency: int = Field(default=64, ge=1)
     """Calls to one model at once, at most; fewer while its server says that it is full."""
     timeout_seconds: float = Field(default=600, gt=0)
-    """How long one try of a call to a server may take. A model that runs on this machine takes as long as it takes."""
+    """How long one try of a call to a server may take. A GGUF file or a model folder takes as
+    long as it takes."""
     max_tokens: int | None = Field(default=None, ge=1)
     """A run stops cleanly before its calls have taken more tokens than this, sent and written; null for no limit."""
     max_cost: float | None = Field(default=None, gt=0)

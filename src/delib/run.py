@@ -197,8 +197,8 @@ class StageFolder:
 
     def rewrite(self, order: Iterable[str], kind: type[R], change: Callable[[R], R] | None = None) -> None:
         """Write the records anew, whole, in the order of their keys (`kind` has a `key`), each changed where `change`
-        is given; of two with one key the later counts, and a key without a record is left out. One record is held at a
-        time."""
+        is given, else as its line is; of two with one key the later counts, and a key without a record is left out. One
+        record is held at a time."""
         if not self.records_path.exists():
             self.replace([])
         places = {str(kind.model_validate_json(line).key): place for place, line in self._lines()}  # type: ignore[attr-defined]

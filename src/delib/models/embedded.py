@@ -135,7 +135,7 @@ async def serve(folder: Path, *, name: str, quantisation: str, context_tokens: i
     server = await asyncio.to_thread(started, params)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     identity = f"{await asyncio.to_thread(sha256, folder)} {quantisation}"
-    timeout = aiohttp.ClientTimeout(total=None, sock_read=1800)
+    timeout = aiohttp.ClientTimeout(total=None)  # as in serve_gguf
     try:
         async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=SLOTS)) as session:
             yield EmbeddedModel(name, identity, server.listening_address, tokenizer, session)

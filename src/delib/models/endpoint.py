@@ -83,7 +83,7 @@ class Endpoint:
                 status, text = reply.status, await reply.read()
                 wait = reply.headers.get("Retry-After")
         except TimeoutError:
-            raise PassingError(f"no reply within {self._seconds} s") from None
+            raise PassingError(f"no reply within {self._seconds:g} s" if self._seconds else "timed out") from None
         except (aiohttp.ClientError, ConnectionError) as error:
             raise PassingError(f"{type(error).__name__}: {error}") from error
         if status != 200:

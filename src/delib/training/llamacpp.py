@@ -110,7 +110,7 @@ def by_server(
     ) -> list[Rollout]:
         import aiohttp
 
-        timeout = aiohttp.ClientTimeout(total=None, sock_read=1800)
+        timeout = aiohttp.ClientTimeout(total=None)
         # No connection is used twice: the server closes idle ones, and a judge may hold this loop for longer than that.
         connector = aiohttp.TCPConnector(limit=embedded.SLOTS, force_close=True)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
