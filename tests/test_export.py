@@ -78,7 +78,7 @@ def test_only_a_hub_id_or_a_called_model_is_named_as_it_is(tmp_path, monkeypatch
 
 
 def test_what_others_named_is_no_markup_in_the_card(run, tmp_path):
-    policy = run.parent / "spec.md"
+    policy = run / "spec.md"
     text = policy.read_text(encoding="utf-8")
     title = "# ![x](http://x.test) <script> [y](javascript:z)"
     policy.write_text(text.replace(text.splitlines()[0], title, 1), encoding="utf-8")
@@ -102,7 +102,7 @@ def test_a_folder_that_is_there_is_left_alone(run, tmp_path):
 
 
 def test_a_policy_that_changed_since_is_not_named_in_the_card(run, tmp_path):
-    policy = run.parent / "spec.md"
+    policy = run / "spec.md"
     policy.write_text(policy.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     with pytest.raises(UserError, match="changed since"):
         export.export(run, str(tmp_path / "out"))

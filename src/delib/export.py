@@ -46,7 +46,7 @@ def rows(examples: list[Example], prompts: list[Prompt]) -> list[dict[str, Any]]
 def export(run: Path, to: str, public: bool = False) -> str:
     """Write the data set to a new folder, or to the hub with `hub:OWNER/NAME`, private unless `public`; returns where.
 
-    Raises UserError when distill is not finished or prompts changed since, when the folder is there
+    Raises UserError when distill is not finished or the run's policy or prompts changed since, when the folder is there
     already, or when the hub refuses.
     """
     check_place(to, public)
