@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import scripted
 from conftest import SPEC, RunningEndpoint, write_rows
-from delib import calls_left, changes, cli, pipeline, recipe
+from delib import calls_left, changes, cli, opener, pipeline, recipe
 from delib.errors import UserError
 from delib.records import Prompt, Sample
 from delib.run import RECORDS, key_of
@@ -226,6 +226,9 @@ def test_a_stage_by_hand_goes_by_the_policy_that_the_run_was_started_with(made, 
         assert (run / "filter" / "manifest.json").read_text() == finished and CLAUSE[0] in opened.spec_path.read_text()
         pipeline.run_to(made.start(run), "prompts")
         assert CLAUSE[1] in pipeline.open_run(run).spec_path.read_text(), "a new start takes the edited file"
+        (checkpoint := run / "sft" / "checkpoint").mkdir(parents=True)
+        assert opener.recipe_of(str(checkpoint)).spec == str(run / "spec.md"), "and so does chat with a model of it"
+        assert opener.recipe_of(str(checkpoint), [f"spec={file}"]).spec == str(file)
     finally:
         file.write_text(text)
 

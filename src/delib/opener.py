@@ -31,8 +31,10 @@ def recipe_of(model: str, overrides: list[str] | None = None) -> Recipe:
     run = Path(model).resolve().parent.parent
     if not (Path(model).is_dir() and (run / made_with.RECIPE).exists()):
         return recipes.load(recipes.QUICKSTART, overrides)
-    kept = [f"spec={run / made_with.SPEC}"] if (run / made_with.SPEC).exists() else []
-    return recipes.load(run / made_with.RECIPE, [*kept, *(overrides or [])])
+    found, kept = recipes.load(run / made_with.RECIPE, overrides), run / made_with.SPEC
+    if not kept.exists() or any(item.startswith("spec=") for item in overrides or []):
+        return found
+    return found.model_copy(update={"spec": str(kept)})
 
 
 class Opener:

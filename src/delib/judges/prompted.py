@@ -59,9 +59,10 @@ def _copied(reply: str, reason: str, graded: str) -> bool:
     return len(reason) >= COPIED and (reason in graded or json.dumps(reason, ensure_ascii=False)[1:-1] in graded)
 
 
-def _graded(prompt: Prompt, completion: Completion) -> str:
-    """All that the judge is shown of what others wrote."""
-    return shown("\n".join([*(m.content for m in prompt.messages), completion.reasoning or "", completion.answer]))
+def _graded(prompt: Prompt, completion: Completion, view: Literal["full", "answer"]) -> str:
+    """All that the judge is shown of what others wrote: reasoning that is hidden from it decides nothing here."""
+    reasoning = (completion.reasoning or "") if view == "full" else ""
+    return shown("\n".join([*(m.content for m in prompt.messages), reasoning, completion.answer]))
 
 
 class Model(Protocol):
@@ -118,7 +119,7 @@ class PromptedJudge:
     ) -> list[Verdict]:
         """`runs` verdicts, asked for side by side. One that failed or stayed unreadable is ungraded, with its cause."""
         asked = self.asked(prompt, completion, view, runs)
-        graded = _graded(prompt, completion)
+        graded = _graded(prompt, completion, view)
         return await together(*(self._run(asked[run], graded, view, run) for run in range(runs)))
 
     def asked(
@@ -150,7 +151,7 @@ class PromptedJudge:
         prompt = Prompt(id="", messages=messages)
         made = Completion(reasoning=None, answer=answer, finish="stop", model="", text=answer, sent="")
         asked = self.asked(prompt, made, "answer", 1)[0]
-        return (await self._run(asked, _graded(prompt, made), "answer", 0)).behaviour
+        return (await self._run(asked, _graded(prompt, made, "answer"), "answer", 0)).behaviour
 
     async def _run(self, asked: list[Message], graded: str, view: Literal["full", "answer"], run: int) -> Verdict:
         failure, sent = "", asked[0].content
