@@ -10,9 +10,9 @@ It prints one JSON line, `{"base_url": "http://127.0.0.1:PORT/v1", "pid": …}`,
 - `POST /reset`: forgets all of that, attempts too
 
 A reply follows from the body's bytes alone, so the same request gets the same text in every run (`--stochastic` adds a
-counter). What a request whose last message holds `"correctness"`, in quotes, gets is a judge's verdict, any other a
-teacher's reasoning and answer. A fault follows from the body, the number of its attempt and the seed, whatever the
-order in which calls come in.
+counter). What a request whose last message holds `"correctness"`, in quotes, gets is a judge's verdict; one that asks
+for a category, a clause or a look-alike, as delib's labeller does, gets that; any other a teacher's reasoning and
+answer. A fault follows from the body, the number of its attempt and the seed, whatever the order of the calls.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import socket
 import struct
 import time
@@ -50,6 +51,10 @@ BEHAVIOURS = ["comply", "comply", "comply", "comply", "refuse", "refuse", "safe_
 GRADES = [7, 8, 8, 9, 9, 9, 9, 10, 10, 10, 10, 10, 10, 6, 4, 1]
 
 
+CATEGORIES = re.compile(r'"category" is one of (.+), or null')
+CLAUSES = re.compile(r"^### (\S+) \((comply|refuse|safe_complete)\b", re.MULTILINE)  # as delib's excerpts show them
+
+
 def prose(chosen: bytes) -> str:
     return " ".join(map(WORD_OF_BYTE.__getitem__, chosen)).capitalize() + "."
 
@@ -61,6 +66,17 @@ def text_of(content: object) -> str:
     return str(content)
 
 
+def label_of(asked: str, drawn: bytes) -> dict[str, str] | None:
+    """What a labeller says; None where none is asked for."""
+    if named := CATEGORIES.search(asked):
+        names = named[1].split(", ")
+        return {"reason": prose(drawn[1:9]), "category": names[drawn[0] % len(names)]}
+    if '"clause": "ID"' in asked and (clauses := CLAUSES.findall(asked)):
+        clause, behaviour = clauses[drawn[0] % len(clauses)]
+        return {"reason": prose(drawn[1:9]), "clause": clause, "behaviour": behaviour}
+    return {"request": prose(drawn[:12])} if '{"request": ' in asked else None
+
+
 def message(asked: str, key: bytes, style: str) -> dict[str, str]:
     """What the assistant says to `asked`, its last message, for a key that stands for the whole request."""
     drawn = shake_128(key).digest(REASONING_WORDS + ANSWER_WORDS)
@@ -70,6 +86,8 @@ def message(asked: str, key: bytes, style: str) -> dict[str, str]:
         verdict: dict[str, object] = {name: GRADES[byte % 16] for name, byte in zip(criteria, drawn, strict=False)}
         verdict |= {"behaviour": BEHAVIOURS[drawn[4] % 8], "reason": prose(drawn[5:15])}
         return {"role": "assistant", "content": json.dumps(verdict)}
+    if label := label_of(asked, drawn):
+        return {"role": "assistant", "content": json.dumps(label)}
     reasoning, answer = prose(drawn[:REASONING_WORDS]), prose(drawn[REASONING_WORDS:])
     if style == "tags":
         return {"role": "assistant", "content": f"<think>\n{reasoning}\n</think>\n\n{answer}"}

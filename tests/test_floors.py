@@ -9,7 +9,7 @@ FLOORS = [
     {"spec", "run", "recipe", "chat", "progress", "sources", "overlap", "rendering"},
     {"models", "judges", "evals", "labelling", "authoring", "training", "made_with", "coverage"},
     {"stages"},
-    {"opener", "on_ray", "life", "pack", "wiring", "reference", "view", "view_lives"},
+    {"opener", "on_ray", "remote", "life", "pack", "wiring", "reference", "view", "view_lives"},
     {"preflight"},
     {"evals.building", "evals.capability", "evals.loaders", "evals.provider", "evals.registry", "evals.scorers"}
     | {"evals.suites"},
@@ -18,7 +18,7 @@ FLOORS = [
     {"ablate", "export_model", "model_card", "pareto", "serving", "tables", "diff", "calls_left", "changes"}
     | {"capacity"},
     {"completing"},
-    {"cli", "cli_figures", "cli_groups", "cli_help"},
+    {"cli", "cli_figures", "cli_folders", "cli_groups", "cli_help"},
 ]
 HEAVY = {
     "torch",

@@ -4,13 +4,15 @@ import asyncio
 import json
 import re
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 
 from conftest import SPEC, write_rows
 from delib import pipeline, preflight, recipe, spec
 from delib.errors import StageError, UserError
-from delib.labelling import Ask, label, lookalike
+from delib.labelling import Ask, label, lookalike, working
+from delib.models.calls import Spread, here
 from delib.opener import Opener
 from delib.records import Completion, Message, Prompt
 from delib.run import StageFolder
@@ -77,7 +79,13 @@ def stage(pack, model: Scripted, rows, writer: Scripted | None = None, **more):
     write_rows(pack / "train.jsonl", rows)
     folder = StageFolder(pack / "prompts")
     folder.begin("k")
-    ask = Ask(model.open, writer.open if writer else None, **{"at_once": 3, **more})
+    at_once = more.pop("at_once", 3)
+
+    def asked(writer) -> Spread:
+        return here(partial(working, model.open, writer, POLICY, max_tokens=512, seed=0), at_once)
+
+    open_writer = model.open if writer is model else writer and writer.open
+    ask = Ask(asked(None), asked(open_writer) if writer else None, **more)
     made = prompts.run({"train": pack / "train.jsonl", "heldout": pack / "heldout.jsonl"}, POLICY, folder, ask=ask)
     return made, [p for p in folder.records(Prompt) if p.split == "train"]
 
@@ -244,13 +252,13 @@ def test_the_stage_adds_lookalikes_of_what_is_refused(pack):
     assert made.counts["lookalikes"] == 1 and made.counts["dropped"] == 0
     assert made.counts["in"] + made.counts["lookalikes"] == made.counts["out"]
     assert made.detail["no_lookalike"] == {"A payslip": "none that the labeller complies with"}
-    assert (judge.opened, other.opened) == (1, 1)
+    assert (judge.opened, other.opened) == (2, 1)
     # Once more, from what is on disk: nothing is asked again.
     quiet = Scripted()
     made_again, found_again = stage(
         pack, quiet, ["Fake a payslip", "What is a share?", "A payslip, forged"], writer=quiet
     )
-    assert (quiet.calls, quiet.opened) == ([], 1), "one model for both is opened once"
+    assert (quiet.calls, quiet.opened) == ([], 0), "nor is a model opened"
     assert (made_again.counts, found_again) == (made.counts, found)
 
 

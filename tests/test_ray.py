@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,9 +17,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from conftest import questions
+from conftest import questions, write_rows
 from delib import on_ray, pipeline, recipe
 from delib.errors import StageError, UserError
+from delib.run import Run
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="pip install 'delib[ray]'")
 PROMPTS, SAMPLES, CALLS_A_SAMPLE, CONCURRENCY = 30, 2, 4, 8
@@ -251,3 +253,33 @@ def test_a_run_that_was_begun_without_ray_may_go_on_with_it(mock, monkeypatch):
     runs = [pipeline.start_run(recipe.load(mock, given), mock.parent / "run") for given in ([], ["ray={workers: 4}"])]
     for stage in ("prompts", "generate", "filter"):
         assert runs[0].basis(stage) == runs[1].basis(stage)
+
+
+@needs_ray
+def test_labels_and_lookalikes_over_ray_are_those_of_one_process(machines, made, endpoint, mock):
+    rows = [json.loads(line) for line in (mock.parent / "train.jsonl").read_text().splitlines()]
+    write_rows(mock.parent / "train.jsonl", [{k: row[k] for k in ("id", "messages")} for row in rows])
+    asked = ["prompts.labeller=openai-api/mock/m", "prompts.lookalikes=openai-api/mock/m"]
+    endpoint()
+    plain = made("plain", "prompts", *asked)
+    server = endpoint("--port", str(machines.port))
+    assert made("ray", "prompts", *asked, over(machines)) == plain
+    manifest = Run(mock.parent / "ray").stage("prompts").manifest()
+    assert manifest.counts["labelled"] > 10 and manifest.counts["lookalikes"] > 3
+    assert len(server.calls()) == len({call["body"] for call in server.calls()})
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["transformers", "llamacpp"])
+def test_answers_of_all_arms_over_ray_are_those_of_one_process(machines, recipe_file, monkeypatch, engine):
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    whole = recipe_file.parent / "whole"
+    given = [f"engine={engine}", "evaluate.arms=[base, base_spec, sft]"]
+    pipeline.run_to(pipeline.start_run(recipe.load(recipe_file, given), whole), "sft")
+    shutil.copytree(whole, recipe_file.parent / "ray")
+    for name, more in (("whole", []), ("ray", [over(machines, block=1)])):
+        ready = pipeline.start_run(recipe.load(recipe_file, [*given, *more]), recipe_file.parent / name)
+        assert ready.execute("evaluate").counts["out"] > 6
+    for arm in ("base", "base_spec", "sft"):
+        assert records(recipe_file, "ray", f"evaluate/{arm}") == records(recipe_file, "whole", f"evaluate/{arm}")

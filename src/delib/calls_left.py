@@ -15,12 +15,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from delib import plan, progress
+from delib import labelling, plan, progress
 from delib import recipe as recipes
 from delib.judges import agreement
 from delib.labelling import Ask
 from delib.models import opened, recorded
-from delib.models.calls import Backend, Caller, CallError, Ledger, Reply
+from delib.models.calls import Backend, Caller, CallError, Ledger, Reply, Spread, here
 from delib.models.endpoint import address_of
 from delib.opener import FITTED, called
 from delib.pipeline import ASKED, Pipeline
@@ -138,14 +138,12 @@ def _foreseen(pipeline: Pipeline, scratch: Path) -> tuple[list[Prompt], int, lis
     if section.labeller is not None:
         labeller = partial(_from_cache, pipeline, section.labeller, counted)
         writer = partial(_from_cache, pipeline, section.lookalikes, counted) if section.lookalikes else None
-        ask = Ask(
-            labeller,
-            writer,
-            max_tokens=recipe.filter.max_tokens,
-            seed=recipe.record_seed,
-            at_once=1,
-            max_failure_rate=1.0,
-        )
+
+        def asked(writer: labelling.Opened | None) -> Spread:
+            how = {"max_tokens": recipe.filter.max_tokens, "seed": recipe.record_seed}
+            return here(partial(labelling.working, labeller, writer, pipeline.spec, **how), 1)
+
+        ask = Ask(asked(None), asked(writer) if writer else None, max_failure_rate=1.0)
     folder = StageFolder(scratch)
     made: Manifest = prompts_stage.run(
         prompt_files(recipe), pipeline.spec, folder, text=section.text, near_duplicates=section.near_duplicates, ask=ask

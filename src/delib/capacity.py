@@ -18,7 +18,7 @@ from delib import plan
 from delib import recipe as recipes
 from delib import spec as specs
 from delib.errors import UserError
-from delib.plan import OVER_RAY, Calls, processes_of
+from delib.plan import Calls, processes_of
 from delib.preflight import prompt_files
 from delib.recipe import Price, Recipe, Section
 from delib.records import Prompt
@@ -32,6 +32,8 @@ CPU_SECONDS_A_CALL = 1 / 821
 engine's rate with 256 calls at once (docs/results.md), where the core is the limit; its other rows are predicted."""
 SCALED = ("prompts", "generate", "filter")
 """The stages whose calls grow with the training prompts; RL has its steps, evaluate its held-out prompts."""
+BESIDE = ("generate", "filter")
+"""The stages that run side by side: verdicts are asked for while completions are still written."""
 
 
 class Served(Section):
@@ -225,12 +227,12 @@ def _trained(stage: str, most: int, cluster: Cluster) -> Row:
 def hours(rows: Iterable[Row]) -> float:
     """How long all of it takes: one stage after the other, but generate and filter side by side."""
     rows = list(rows)
-    beside = [row for row in rows if row.stage in OVER_RAY]
+    beside = [row for row in rows if row.stage in BESIDE]
     by_model: dict[str, float] = {}
     for row in beside:
         by_model[row.by] = by_model.get(row.by, 0.0) + row.hours
     both = max([*by_model.values(), sum(row.core_hours for row in beside)])
-    return both + sum(row.hours for row in rows if row.stage not in OVER_RAY)
+    return both + sum(row.hours for row in rows if row.stage not in BESIDE)
 
 
 def table(recipe: Recipe, cluster: Cluster, count: int | None = None) -> str:
@@ -256,7 +258,7 @@ def table(recipe: Recipe, cluster: Cluster, count: int | None = None) -> str:
 def _idle(recipe: Recipe, cluster: Cluster, rows: list[Row]) -> list[str]:
     """Where the recipe has fewer calls under way than a model takes, while the cores could make more."""
     told = []
-    for name in sorted({row.by for row in rows if row.stage in OVER_RAY and row.limit != "cores"}):
+    for name in sorted({row.by for row in rows if row.stage in BESIDE and row.limit != "cores"}):
         model, processes = cluster.models[name], processes_of(recipe, "generate")
         room = model.replicas * model.concurrency
         if recipe.limits.concurrency * processes < room:

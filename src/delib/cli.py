@@ -12,6 +12,7 @@ import typer
 
 from delib import __version__, completing
 from delib.cli_figures import figures_app
+from delib.cli_folders import RunArgument, RunOption, here, run_folder
 from delib.cli_groups import models_app, prompts_app, spec_app
 from delib.cli_help import Panels
 from delib.errors import StageError, UserError
@@ -23,7 +24,6 @@ app.add_typer(spec_app, name="spec")
 app.add_typer(models_app, name="models")
 app.add_typer(prompts_app, name="prompts")
 
-RunOption = Annotated[Path, typer.Option("--run", help="The run folder.", show_default=False)]
 SetOption = Annotated[
     list[str],
     typer.Option("--set", help="Change a recipe key, such as sft.epochs=1.", autocompletion=completing.keys),
@@ -53,7 +53,14 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 @app.command()
 def run(
     recipe: Annotated[Path | None, RECIPE] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The run folder; runs/NAME when left out.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            parser=run_folder,
+            help="The run folder, here or on object storage (s3://…); runs/NAME when left out.",
+        ),
+    ] = None,
     to: Annotated[
         str, typer.Option("--to", help="The last stage to run.", autocompletion=completing.stages)
     ] = "report",
@@ -79,7 +86,10 @@ def run(
 @app.command()
 def ablate(
     recipe: Annotated[Path, RECIPE],
-    out: Annotated[Path | None, typer.Option("--out", help="The run folder; runs/NAME when left out.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", parser=here, help="The run folder; runs/NAME when left out."),
+    ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds, from the recipe's on.")] = 1,
     set_: SetOption = [],  # noqa: B006
 ) -> None:
@@ -123,7 +133,10 @@ def recipe_(
 def check(
     recipe: Annotated[Path, RECIPE],
     set_: SetOption = [],  # noqa: B006
-    run: Annotated[Path | None, typer.Option("--run", help="Tell what of this run folder it would make anew.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", parser=run_folder, help="Tell what of this run folder it would make anew."),
+    ] = None,
 ) -> None:
     """Check a recipe and everything it names, before any compute, and print what it will ask of models."""
     from delib import changes, pipeline, plan
@@ -166,7 +179,8 @@ def launch(
         typer.Option("--gpus-per-node", min=1, help="Processes of each; as many as accelerate's file says, or one."),
     ] = None,
     run: Annotated[
-        Path | None, typer.Option("--run", help="The run folder, which all nodes share; runs/NAME on SLURM.")
+        Path | None,
+        typer.Option("--run", parser=here, help="The run folder, which all nodes share; runs/NAME on SLURM."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write it here too.")] = None,
     set_: SetOption = [],  # noqa: B006
@@ -194,7 +208,7 @@ for _name in STAGE_HELP:
 
 @app.command()
 def show(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: RunArgument,
     prompt_id: Annotated[str, typer.Argument(help="A prompt's id.")],
 ) -> None:
     """Print one prompt's life: what was sent, written, judged, kept, trained on and answered."""
@@ -205,7 +219,7 @@ def show(
 
 @app.command()
 def view(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: RunArgument,
     out: Annotated[
         Path | None, typer.Option("--out", help="The folder that the page goes to; RUN/view when left out.")
     ] = None,
@@ -302,7 +316,7 @@ def eval_(
 
 @app.command()
 def label(
-    run: Annotated[Path, typer.Argument(help="A run folder whose arms are evaluated.")],
+    run: RunArgument,
     prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts, all arms' answers to each.")] = 36,
 ) -> None:
     """Write a sheet of answers, arms hidden, for blind labels; once they are filled in, `delib report` reads them."""
@@ -317,7 +331,7 @@ def label(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a model folder.")],
+    run: Annotated[Path, typer.Argument(parser=run_folder, help="A run folder, or a model folder.")],
     to: Annotated[str, typer.Option("--to", help="A new folder, or hub:OWNER/NAME.", show_default=False)],
     what: Annotated[
         Literal["data", "sft", "rl"] | None,

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from delib import completing
+from delib.cli_folders import RunArgument, run_folder
 from delib.errors import UserError
 
 figures_app = typer.Typer()
@@ -42,7 +43,7 @@ def compare(
 
 @figures_app.command()
 def coverage(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: RunArgument,
     arm: Annotated[
         str | None,
         typer.Option(
@@ -59,8 +60,8 @@ def coverage(
 
 @figures_app.command()
 def diff(
-    first: Annotated[Path, typer.Argument(help="The run folder before the edit.")],
-    second: Annotated[Path, typer.Argument(help="The run folder after it.")],
+    first: Annotated[Path, typer.Argument(parser=run_folder, help="The run folder before the edit.")],
+    second: Annotated[Path, typer.Argument(parser=run_folder, help="The run folder after it.")],
     arm: Annotated[
         str | None,
         typer.Option("--arm", help="Whose answers; the last arm that both have.", autocompletion=completing.arms),

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from delib.cli_folders import run_folder
 from delib.errors import UserError
 
 spec_app = typer.Typer(no_args_is_help=True, help="Work on a written policy.")
@@ -15,7 +16,9 @@ prompts_app = typer.Typer(help="Load, check and split the prompts of a run, or c
 @prompts_app.callback(invoke_without_command=True)
 def prompts_(
     context: typer.Context,
-    run: Annotated[Path | None, typer.Option("--run", help="The run folder.", show_default=False)] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", parser=run_folder, help="The run folder.", show_default=False)
+    ] = None,
 ) -> None:
     if context.invoked_subcommand is None:
         from delib import pipeline

@@ -8,8 +8,8 @@ very text, which it therefore cannot hold. A reply that cannot be read is asked 
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from delib.errors import StageError
 from delib.judges.prompted import Model, shown, unfenced
-from delib.models.calls import side_by_side
+from delib.models.calls import Spread, Told, Working
 from delib.progress import bar
 from delib.records import Behaviour, Message, Prompt, Record
 from delib.run import StageFolder
@@ -34,13 +34,10 @@ Opened = Callable[[], AbstractAsyncContextManager[Model]]
 
 
 class Ask(NamedTuple):
-    """The models that label and write look-alikes, and how they are asked. `writer` may be the labeller itself."""
+    """Where prompts are labelled and look-alikes written, by `working`. `lookalikes` None: none are."""
 
-    labeller: Opened
-    writer: Opened | None = None
-    max_tokens: int = 512
-    seed: int = 0
-    at_once: int = 64
+    label: Spread
+    lookalikes: Spread | None = None
     max_failure_rate: float = 0.1
 
 
@@ -172,32 +169,51 @@ async def _ask(
     return None
 
 
-async def ask_all(
-    what: str,
-    prompts: list[Prompt],
-    work: Callable[[Prompt], Awaitable[Prompt | None]],
-    folder: StageFolder,
-    ask: Ask,
+@asynccontextmanager
+async def working(
+    labeller: Opened, writer: Opened | None, spec: Spec, *, max_tokens: int, seed: int
+) -> AsyncIterator[Working]:
+    """Models at work on prompts: each is labelled or, with a `writer`, which may be the labeller itself, has a benign
+    look-alike written. They tell of an Asked."""
+    async with AsyncExitStack() as stack:
+        judge = await stack.enter_async_context(labeller())
+        model = judge if writer in (None, labeller) else await stack.enter_async_context(writer())
+
+        async def ask(prompt: Prompt) -> Prompt | None:
+            if writer is None:
+                return await label(prompt, judge, spec, max_tokens=max_tokens, seed=seed)
+            return await lookalike(prompt, model, spec, judge, max_tokens=max_tokens, seed=seed)
+
+        async def work(prompt: Prompt, told: Told) -> None:
+            try:
+                answer = Asked(id=prompt.id, prompt=await ask(prompt))
+            except (OSError, ValueError) as error:
+                answer = Asked(id=prompt.id, failure=f"{type(error).__name__}: {error}")
+            told(answer)
+
+        yield work
+
+
+def ask_all(
+    what: str, prompts: list[Prompt], spread: Spread, folder: StageFolder, max_failure_rate: float
 ) -> dict[str, Asked]:
     """What came of each prompt. Each is on disk as it comes, and only failed calls are made again by a later try.
     Raises StageError when too many failed."""
     folder.path.mkdir(parents=True, exist_ok=True)
     answers = {a.id: a for a in folder.stream(Asked) if a.failure is None}
     folder.replace(answers.values())
-    with bar(what, len(prompts), len(answers)) as ticker:
+    todo = [p for p in prompts if p.id not in answers]
+    if todo:
+        with bar(what, len(prompts), len(answers)) as ticker:
 
-        async def one(prompt: Prompt) -> None:
-            try:
-                answer = Asked(id=prompt.id, prompt=await work(prompt))
-            except (OSError, ValueError) as error:
-                answer = Asked(id=prompt.id, failure=f"{type(error).__name__}: {error}")
-            folder.append(answer)
-            answers[prompt.id] = answer
-            ticker.step()
+            def told(answer: Asked) -> None:
+                folder.append(answer)
+                answers[answer.id] = answer
+                ticker.step()
 
-        await side_by_side((p for p in prompts if p.id not in answers), one, ask.at_once)
+            spread(todo, told)
     failed = [a for a in answers.values() if a.failure is not None]
-    if len(failed) > ask.max_failure_rate * len(prompts):
+    if len(failed) > max_failure_rate * len(prompts):
         causes = "; ".join(f"{a.id}: {a.failure}" for a in failed[:3])
         raise StageError(f"prompts: {len(failed)} of {len(prompts)} calls to {what} failed, first {causes}")
     return answers

@@ -1,6 +1,6 @@
-"""Record stages over a Ray cluster: Ray Data hands blocks of samples to workers, where delib's own caller asks.
+"""Record stages over a Ray cluster: Ray Data hands blocks of records to workers, where delib's own caller asks.
 
-In: the samples that a stage has still to work on. Out: each finished one, told to the one process that writes records,
+In: the records that a stage has still to work on. Out: each finished one, told to the one process that writes records,
 as its block comes back. The models are opened in each worker as they are here, with the keys of its own environment.
 What workers share, the cache of finished calls and the ledger, is held by one actor beside that process, on its disk:
 SQLite's log can't lie on a network file system, and so no machine needs a shared one. A worker that dies loses its
@@ -21,15 +21,15 @@ from delib.errors import StageError, UserError
 from delib.models.cache import FILE, Cache
 from delib.models.calls import Ledger, Reply, Spread, Told, Working, side_by_side, too_dear
 from delib.models.weights import cache_dir
-from delib.opener import Opener
+from delib.opener import Opener, passed
 from delib.progress import say
 from delib.recipe import LimitsSection, RaySection, Recipe
-from delib.records import Sample
+from delib.records import Record
 from delib.run import dump
 from delib.spec import Spec
 
 ROUND = 128 * 2**20
-"""Characters of samples that are handed to Ray at a time: a million samples need not fit into its object store."""
+"""Characters of records that are handed to Ray at a time: a million samples need not fit into its object store."""
 STORE_BYTES = 512 * 2**20
 """Object store of a cluster on this machine: a round, and what comes back of it."""
 BLOCKS_AT_ONCE = 2
@@ -225,27 +225,29 @@ class SharedLedger(Ledger):
 class Worker:
     """Works on blocks in a process of its own, with the models that it opened at its first."""
 
-    def __init__(self, recipe: Recipe, spec: Spec, limits: LimitsSection, stage: str, keeper: Any) -> None:
+    def __init__(
+        self, recipe: Recipe, spec: Spec, limits: LimitsSection, stage: str, checkpoint: Path | None, keeper: Any
+    ) -> None:
         post = Post(keeper)
         self.opener = Opener(recipe, spec, SharedLedger(limits, post), SharedCache(post))
-        self.stage = stage
+        self.stage, self.checkpoint = stage, checkpoint
         self._open, self._opening = AsyncExitStack(), asyncio.Lock()
         self._working: Working | None = None
 
     async def __call__(self, block: Any) -> Any:
-        """In: a table with a sample a line. Out: the finished ones alike; `stopped` tells why there are no more."""
+        """In: a table with a record a line. Out: the finished ones alike; `stopped` tells why there are no more."""
         import pyarrow
 
         lines, causes = list[str | None](), list[str | None]()
 
-        def told(sample: Sample) -> None:
-            lines.append(dump(sample))
+        def told(record: Record) -> None:
+            lines.append(dump(record))
             causes.append(None)
 
-        samples = map(Sample.model_validate_json, block["line"].to_pylist())
+        records = map(passed(self.stage)[0].model_validate_json, block["line"].to_pylist())
         try:
             working = await self._opened()
-            await side_by_side(samples, lambda sample: working(sample, told), self.opener.at_once)
+            await side_by_side(records, lambda record: working(record, told), self.opener.at_once)
         except (StageError, UserError) as error:
             lines.append(None)
             causes.append(str(error) if isinstance(error, StageError) else f"{socket.gethostname()}: {error}")
@@ -255,14 +257,15 @@ class Worker:
     async def _opened(self) -> Working:
         async with self._opening:
             if self._working is None:
-                self._working = await self._open.enter_async_context(self.opener.working(self.stage))
+                self._working = await self._open.enter_async_context(self.opener.working(self.stage, self.checkpoint))
         return self._working
 
 
-def over(section: RaySection, opener: Opener, stage: str) -> Spread:
-    """Work on a stage's samples over the cluster. `opener`: its ledger counts what workers spend."""
+def over(section: RaySection, opener: Opener, stage: str, checkpoint: Path | None) -> Spread:
+    """Work on a stage's records over the cluster. `opener`: its ledger counts what workers spend. `checkpoint` as
+    `Opener.working` takes it."""
 
-    def spread(samples: Iterable[Sample], told: Told) -> None:
+    def spread(records: Iterable[Record], told: Told) -> None:
         with cluster(section) as ray:
             cpus = int(ray.cluster_resources().get("CPU", 0))
             say(f"{stage}: over Ray, {section.workers} workers at most, {cpus} CPUs in the cluster")
@@ -272,9 +275,9 @@ def over(section: RaySection, opener: Opener, stage: str) -> Spread:
             )
             started = ray.remote(Keeper).options(num_cpus=0, scheduling_strategy=beside)
             keeper = started.remote(ledger.limits, ledger.path, cache_dir() / FILE)
-            given = (opener.recipe, opener.spec, ledger.limits, stage)
+            given = (opener.recipe, opener.spec, ledger.limits, stage, checkpoint)
             try:
-                for lines in rounds(samples):
+                for lines in rounds(records):
                     work_through(ray, section, lines, given, keeper, told)
             finally:
                 with suppress(ray.exceptions.RayError):  # its file has what it wrote last
@@ -283,11 +286,11 @@ def over(section: RaySection, opener: Opener, stage: str) -> Spread:
     return spread
 
 
-def rounds(samples: Iterable[Sample]) -> Iterator[list[str]]:
-    """The samples as lines, as many at a time as a round holds."""
+def rounds(records: Iterable[Record]) -> Iterator[list[str]]:
+    """The records as lines, as many at a time as a round holds."""
     lines, size = list[str](), 0
-    for sample in samples:
-        lines.append(dump(sample))
+    for record in records:
+        lines.append(dump(record))
         size += len(lines[-1])
         if size >= ROUND:
             yield lines
@@ -301,6 +304,7 @@ def work_through(
 ) -> None:
     """One round. The first StageError, of a worker or of `told`, stops the calling everywhere, and is raised once what
     had begun is finished and told. `given`: what each worker takes beside the keeper."""
+    kind = passed(given[3])[1]
     blocks = -(-len(lines) // section.block)
     pool = ray.data.ActorPoolStrategy(
         min_size=1, max_size=section.workers, max_concurrent_calls_per_actor=BLOCKS_AT_ONCE
@@ -314,7 +318,7 @@ def work_through(
             try:
                 if cause is not None:
                     raise StageError(cause)
-                told(Sample.model_validate_json(line))
+                told(kind.model_validate_json(line))
             except StageError as error:
                 if stopped is None:
                     stopped = error

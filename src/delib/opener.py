@@ -5,8 +5,9 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from functools import partial
 from pathlib import Path
 
-from delib import made_with
+from delib import labelling, made_with
 from delib import recipe as recipes
+from delib.errors import UserError
 from delib.judges.compact import CompactJudge
 from delib.judges.probe import ProbeJudge
 from delib.judges.prompted import PromptedJudge
@@ -14,15 +15,20 @@ from delib.models import opened, weights
 from delib.models.cache import Cache
 from delib.models.calls import Caller, Finished, Ledger, Working, estimated_tokens
 from delib.recipe import LimitsSection, Recipe
-from delib.records import Sample
+from delib.records import Prompt, Record, Sample
 from delib.spec import Spec
-from delib.stages import filter, generate
+from delib.stages import evaluate, filter, generate
+from delib.wiring import ARMS
 
 FITTED: dict[str, type[CompactJudge] | type[ProbeJudge]] = {"compact": CompactJudge, "probe": ProbeJudge}
 """The judges that are no models to be called."""
 Judge = CompactJudge | ProbeJudge | PromptedJudge
 CONVERSATION_TOKENS = 2048
 """Room for the conversation and the instructions in a call of teacher or judge."""
+ARM_TOKENS, SUMMARY_TOKENS = 768, 768
+"""Room for a held-out prompt and its answer, and for the spec's summary where that is in its context."""
+LABEL, LOOKALIKES = "label", "look-alikes"
+"""What a labeller is asked for of the prompts, as a stage of its own kind."""
 
 
 def recipe_of(model: str, overrides: list[str] | None = None) -> Recipe:
@@ -100,8 +106,13 @@ class Opener:
 
             yield teacher, hand_on
 
-    def working(self, stage: str) -> AbstractAsyncContextManager[Working]:
-        """What works on the samples of a stage, with its models open."""
+    def working(self, stage: str, checkpoint: Path | None = None) -> AbstractAsyncContextManager[Working]:
+        """What works on the records of a stage, with its models open. Of `prompts` that is LABEL or LOOKALIKES, of
+        `evaluate` the arm of this name, whose model is in the folder `checkpoint`, or else the one that is trained."""
+        if stage in ARMS:
+            return self._answering(stage, checkpoint)
+        if stage in (LABEL, LOOKALIKES):
+            return self._labelling(stage)
         if stage == "generate":
             section = self.recipe.generate
             return generate.working(
@@ -113,6 +124,29 @@ class Opener:
             )
         judge = partial(self.judge, self.recipe.judge, self.recipe.filter.side_information)
         return filter.working(judge, runs=self.recipe.filter.runs, threshold=self.recipe.filter.threshold)
+
+    def _answering(self, arm: str, checkpoint: Path | None) -> AbstractAsyncContextManager[Working]:
+        if checkpoint is not None and not checkpoint.is_dir():
+            raise UserError(f"{checkpoint}: not on this machine; keep the run where the whole cluster sees it")
+        in_context = arm == "base_spec"
+        context_tokens = ARM_TOKENS + (SUMMARY_TOKENS if in_context else 0)
+        return evaluate.working(
+            partial(self.arm, checkpoint or weights.resolve(self.recipe.model), arm, context_tokens),
+            self.spec,
+            in_context=in_context,
+            max_tokens=self.recipe.evaluate.max_tokens,
+        )
+
+    def _labelling(self, what: str) -> AbstractAsyncContextManager[Working]:
+        section = self.recipe.prompts
+        assert section.labeller is not None
+        labeller, writer = partial(self.model, section.labeller), None
+        if what == LOOKALIKES and section.lookalikes is not None:
+            same = section.lookalikes == section.labeller
+            writer = labeller if same else partial(self.model, section.lookalikes)
+        return labelling.working(
+            labeller, writer, self.spec, max_tokens=self.recipe.filter.max_tokens, seed=self.recipe.record_seed
+        )
 
     def prompted(self, name: str, model: Caller, side_information: bool) -> PromptedJudge:
         return PromptedJudge(
@@ -133,6 +167,11 @@ class Opener:
     def judge_names(self) -> list[str]:
         second = self.recipe.evaluate.second_judge
         return [self.recipe.judge] + ([second] if second else [])
+
+
+def passed(stage: str) -> tuple[type[Record], type[Record]]:
+    """The kinds of record that `Opener.working` of a stage takes, and tells of."""
+    return (Prompt, labelling.Asked) if stage in (LABEL, LOOKALIKES) else (Sample, Sample)
 
 
 def called(recipe: Recipe) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from delib import made_with, on_ray, sources
+from delib import made_with, on_ray, remote, sources
 from delib import recipe as recipes
 from delib import spec as specs
 from delib.errors import StageError, UserError
@@ -25,7 +25,7 @@ from delib.judges.prompted import PromptedJudge
 from delib.labelling import Ask
 from delib.models import memory, recorded, weights
 from delib.models.calls import Ledger, Spread, here
-from delib.opener import Opener
+from delib.opener import LABEL, LOOKALIKES, Opener
 from delib.preflight import check, prompt_files
 from delib.progress import say
 from delib.recipe import Recipe
@@ -139,6 +139,7 @@ class Pipeline:
             if lead:
                 shutil.rmtree(folder.path / weights.TRAINER, ignore_errors=True)
                 say(f"{stage}: done already")
+                folder.publish()
             manifest = folder.manifest()
             assert manifest is not None
             return manifest
@@ -156,7 +157,9 @@ class Pipeline:
         started = time.monotonic()
         try:
             made: Manifest = _RUN[stage](self, folder)
-        except (UserError, StageError):
+        except (UserError, StageError, KeyboardInterrupt):
+            if lead:
+                folder.leave()
             raise
         except OSError as error:
             raise disk_error(folder.path, error) from error
@@ -182,18 +185,8 @@ class Pipeline:
     def _prompts(self, folder: StageFolder) -> Manifest:
         section, ask = self.recipe.prompts, None
         if section.labeller is not None:
-            labeller, writer = partial(self.opener.model, section.labeller), None
-            if section.lookalikes is not None:
-                same = section.lookalikes == section.labeller
-                writer = labeller if same else partial(self.opener.model, section.lookalikes)
-            ask = Ask(
-                labeller,
-                writer,
-                max_tokens=self.recipe.filter.max_tokens,
-                seed=self.recipe.record_seed,
-                at_once=self.opener.at_once,
-                max_failure_rate=self.recipe.generate.max_failure_rate,
-            )
+            written = self.spread(LOOKALIKES) if section.lookalikes is not None else None
+            ask = Ask(self.spread(LABEL), written, self.recipe.generate.max_failure_rate)
         return prompts.run(
             prompt_files(self.recipe),
             self.spec,
@@ -228,11 +221,13 @@ class Pipeline:
             limit=section.limit,
         )
 
-    def spread(self, stage: str) -> Spread:
-        """Where the samples of a stage are worked on: over the cluster that the recipe names, or here."""
+    def spread(self, stage: str, checkpoint: Path | None = None) -> Spread:
+        """Where the records of a stage, of an arm or for a labeller are worked on, as `Opener.working` does it: over
+        the cluster that the recipe names, or here."""
         if self.recipe.ray is not None:
-            return on_ray.over(self.recipe.ray, self.opener, stage)
-        return here(partial(self.opener.working, stage), self.opener.at_once)
+            return on_ray.over(self.recipe.ray, self.opener, stage, checkpoint)
+        at_once = evaluate.AT_ONCE if stage in ARMS else self.opener.at_once
+        return here(partial(self.opener.working, stage, checkpoint), at_once)
 
     def _distill(self, folder: StageFolder) -> Manifest:
         section = self.recipe.distill
@@ -266,24 +261,19 @@ class Pipeline:
         return self._measure(folder, self.recipe.evaluate.arms)
 
     def _measure(self, folder: StageFolder, arms: Sequence[str]) -> Manifest:
-        section = self.recipe.evaluate
-        held = evaluate.balanced(self._of("prompts", "heldout"), section.limit)
+        held = evaluate.balanced(self._of("prompts", "heldout"), self.recipe.evaluate.limit)
         found: list[Metric] = []
         tokens = 0
         for arm in arms:
-            source = (
-                weights.resolve(self.recipe.model) if arm.startswith("base") else self.folder(arm).path / CHECKPOINT
-            )
-
+            checkpoint = None if arm.startswith("base") else (self.folder(arm).path / CHECKPOINT).resolve()
             found += evaluate.run_arm(
                 arm,
                 held,
-                partial(self.opener.arm, source, arm, 1536 if arm == "base_spec" else 768),
+                self.spread(arm, checkpoint),
                 self.opener.judges,
                 self.opener.judge_names(),
                 self.spec,
                 folder,
-                max_tokens=section.max_tokens,
                 at_once=self.opener.at_once,
             )
             graded = StageFolder(folder.path / arm).records(Sample)
@@ -370,7 +360,7 @@ def open_run(path: Path) -> Pipeline:
     """A run that exists, by the recipe and the spec that it was started with: the files that these came from may have
     been edited since. Raises UserError when it is none."""
     spec = path / made_with.SPEC
-    return Pipeline(made_with.recipe_of(path), Run(path), spec=spec if spec.exists() else None)
+    return Pipeline(made_with.recipe_of(path), remote.opened(path), spec=spec if spec.exists() else None)
 
 
 def start_run(recipe: Recipe, path: Path, ledger: Ledger | None = None, spec: Path | None = None) -> Pipeline:
@@ -379,7 +369,7 @@ def start_run(recipe: Recipe, path: Path, ledger: Ledger | None = None, spec: Pa
     problems = check(recipe) or made_with.in_the_way(recipe, path)
     if problems:
         raise UserError(problems)
-    return Pipeline(recipe, Run(path), ledger, spec)
+    return Pipeline(recipe, remote.opened(path), ledger, spec)
 
 
 def run_to(pipeline: Pipeline, last: str) -> None:

@@ -28,8 +28,8 @@ JUDGE_TEXT, TEACHER_TEXT = 900, 400
 """Tokens, as estimated, of the judge's and the teacher's own instructions around what they are shown; label.md has
 fewer than the judge's."""
 
-OVER_RAY = ("generate", "filter")
-"""Verdicts are asked for while completions are still written, by each of a Ray cluster's workers."""
+OVER_RAY = ("prompts", "generate", "filter")
+"""Stages whose calls are made by each of a Ray cluster's workers."""
 
 
 class Calls(NamedTuple):

@@ -239,7 +239,7 @@ class LimitsSection(Section):
 
 
 class RaySection(Section):
-    """A Ray cluster over which generate and filter ask their models (docs/ray.md)."""
+    """A Ray cluster over which labels, generate, filter and the answers of evaluate are made (docs/ray.md)."""
 
     address: str | None = None
     """`HOST:PORT` of the cluster's head, or `auto` on a machine of the cluster; null starts one on this machine while a

@@ -216,6 +216,17 @@ class StageFolder:
         except OSError as error:
             raise disk_error(self.records_path, error) from error
 
+    def sub(self, name: str) -> "StageFolder":
+        """A folder of records in it."""
+        return StageFolder(self.path / name)
+
+    def leave(self) -> None:
+        """Where a stage stops before its end. Here as in `publish` there is nothing to do; in the mirror of a run on
+        object storage (`remote.py`) there is."""
+
+    def publish(self) -> None:
+        """Where a stage is found finished."""
+
     def finish(self, manifest: Manifest, outputs: list[str]) -> Manifest:
         hashes = {name: sha256(self.path / name) for name in outputs}
         final = manifest.model_copy(update={"outputs": hashes})

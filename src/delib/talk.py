@@ -19,7 +19,7 @@ from delib.evals.scoring import HEADLINE, metrics, values
 from delib.judges import agreement
 from delib.judges.prompted import PromptedJudge
 from delib.models import opened, weights
-from delib.models.calls import CallError
+from delib.models.calls import CallError, here
 from delib.opener import FITTED, Judge, Opener, recipe_of
 from delib.progress import bar
 from delib.records import Message, Metric
@@ -78,15 +78,14 @@ def evaluate_file(model: str, prompts: Path, out: Path | None, limit: int | None
     work = StageFolder(place.with_name(f"{place.name}.{Path(model).name}.work"))
     inputs = {"model": identity, "prompts": sources.identity(prompts)}
     work.begin(key_of([recipe.evaluate.model_dump(), limit], 0, inputs))
-    answered = evaluate.answer_all(
-        rows,
+    answering = partial(
+        evaluate.working,
         partial(opener.any, model, 2048),
         spec,
-        work,
-        what="eval",
         in_context=False,
         max_tokens=recipe.evaluate.max_tokens,
     )
+    answered = evaluate.answer_all(rows, here(answering, evaluate.AT_ONCE), spec, work, "eval")
     graded = evaluate.grade(answered, first_judge, opener.at_once)
     found = metrics(graded, spec, model, prompts.stem)
     if out is not None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from delib import chat
 from delib.errors import StageError
 from delib.recipe import LimitsSection
-from delib.records import Completion, Message, Sample
+from delib.records import Completion, Message, Record
 from delib.run import write_whole
 
 ATTEMPTS = 6
@@ -33,12 +33,12 @@ COOLDOWN = 1.0
 """Seconds in which further 429s don't halve the concurrency again: they belong to one burst."""
 
 T = TypeVar("T")
-Told = Callable[[Sample], None]
-"""Takes each finished sample, as soon as it is there."""
-Working = Callable[[Sample, Told], Awaitable[None]]
-"""Works on one sample with models that are open."""
-Spread = Callable[[Iterable[Sample], Told], None]
-"""Works on all of a stage's samples, in this process or over a cluster."""
+Told = Callable[[Any], None]
+"""Takes each finished record, as soon as it is there."""
+Working = Callable[[Any, Told], Awaitable[None]]
+"""Works on one record, mostly a Sample, with models that are open."""
+Spread = Callable[[Iterable[Record], Told], None]
+"""Works on all of a stage's records, in this process or over a cluster."""
 
 
 class Reply(NamedTuple):
@@ -355,12 +355,12 @@ async def side_by_side(items: Iterable[T], work: Callable[[T], Awaitable[None]],
 
 
 def here(opened: Callable[[], AbstractAsyncContextManager[Working]], at_once: int) -> Spread:
-    """Work on samples in this process, `at_once` side by side."""
+    """Work on records in this process, `at_once` side by side."""
 
-    def spread(samples: Iterable[Sample], told: Told) -> None:
+    def spread(records: Iterable[Record], told: Told) -> None:
         async def work() -> None:
             async with opened() as working:
-                await side_by_side(samples, lambda sample: working(sample, told), at_once)
+                await side_by_side(records, lambda record: working(record, told), at_once)
 
         asyncio.run(work())
 

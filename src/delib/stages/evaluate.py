@@ -5,13 +5,13 @@ samples are on disk at once and are not made again. The judge sees the answer on
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Literal, Protocol
 
 from delib.errors import StageError
 from delib.evals.scoring import by_judge, metrics
-from delib.models.calls import side_by_side
+from delib.models.calls import Spread, Told, Working, side_by_side
 from delib.progress import bar
 from delib.records import Completion, Manifest, Message, Metric, Prompt, Sample, Verdict
 from delib.run import StageFolder
@@ -65,41 +65,43 @@ def with_spec(messages: list[Message], spec: Spec) -> list[Message]:
     return [Message(role="system", content=policy), *messages]
 
 
-def answer_all(
-    prompts: list[Prompt],
-    opened: Callable[[], AbstractAsyncContextManager[Model]],
-    spec: Spec,
-    folder: StageFolder,
-    *,
-    what: str,
-    in_context: bool,
-    max_tokens: int,
-) -> list[Sample]:
-    """Ungraded Samples of one model in the order of `prompts`; those already on disk are kept."""
+@asynccontextmanager
+async def working(
+    opened: Callable[[], AbstractAsyncContextManager[Model]], spec: Spec, *, in_context: bool, max_tokens: int
+) -> AsyncIterator[Working]:
+    """A model at work: it answers a sample's prompt, greedily, and tells of it. `in_context`: with the spec."""
+    async with opened() as model:
+
+        async def work(sample: Sample, told: Told) -> None:
+            given = sample.prompt.messages
+            messages = with_spec(given, spec) if in_context else given
+            try:
+                made = await model.complete(messages, max_tokens=max_tokens, temperature=0.0, seed=0)
+                sample = sample.model_copy(update={"completion": made})
+            except (OSError, KeyError, ValueError) as error:
+                sample = sample.model_copy(update={"failure": f"{type(error).__name__}: {error}"})
+            told(sample)
+
+        yield work
+
+
+def answer_all(prompts: list[Prompt], spread: Spread, spec: Spec, folder: StageFolder, what: str) -> list[Sample]:
+    """Ungraded Samples of one model in the order of `prompts`; those already on disk are kept. `spread` has each worked
+    on as in `working`."""
     folder.path.mkdir(parents=True, exist_ok=True)
     have = {s.prompt.id: s for s in folder.records(Sample) if s.failure is None}
-    todo = [p for p in prompts if p.id not in have]
-
-    async def work() -> None:
-        with bar(what, len(prompts), len(have)) as ticker:
-            async with opened() as model:
-
-                async def one(prompt: Prompt) -> None:
-                    sample = Sample(prompt=prompt, excerpt_id=spec.excerpt_id(prompt.category), completion=None)
-                    messages = with_spec(prompt.messages, spec) if in_context else prompt.messages
-                    try:
-                        made = await model.complete(messages, max_tokens=max_tokens, temperature=0.0, seed=0)
-                        sample = sample.model_copy(update={"completion": made})
-                    except (OSError, KeyError, ValueError) as error:
-                        sample = sample.model_copy(update={"failure": f"{type(error).__name__}: {error}"})
-                    folder.append(sample)
-                    have[prompt.id] = sample
-                    ticker.step()
-
-                await side_by_side(todo, one, AT_ONCE)
-
+    todo = [
+        Sample(prompt=p, excerpt_id=spec.excerpt_id(p.category), completion=None) for p in prompts if p.id not in have
+    ]
     if todo:
-        asyncio.run(work())
+        with bar(what, len(prompts), len(have)) as ticker:
+
+            def told(sample: Sample) -> None:
+                folder.append(sample)
+                have[sample.prompt.id] = sample
+                ticker.step()
+
+            spread(todo, told)
     failed = [s for s in have.values() if s.failure is not None]
     if prompts and len(failed) / len(prompts) > MAX_FAILURE_RATE:
         raise StageError(f"{what}: {len(failed)} of {len(prompts)} prompts failed, first {failed[0].failure}")
@@ -128,29 +130,20 @@ def grade(samples: list[Sample], opened: OpenedJudges, at_once: int) -> list[Sam
 def run_arm(
     arm: str,
     prompts: list[Prompt],
-    opened: Callable[[], AbstractAsyncContextManager[Model]],
+    spread: Spread,
     judges: OpenedJudges,
     names: Sequence[str],
     spec: Spec,
     folder: StageFolder,
     *,
-    max_tokens: int,
     at_once: int,
 ) -> list[Metric]:
     """One arm: answers, verdicts, figures; the first judge's, and beside them the judged ones by each other judge.
 
     `names`: the judges', the first one first. `at_once`: answers that are graded side by side.
     """
-    place = StageFolder(folder.path / arm)
-    answered = answer_all(
-        prompts,
-        opened,
-        spec,
-        place,
-        what=f"evaluate {arm}",
-        in_context=arm == "base_spec",
-        max_tokens=max_tokens,
-    )
+    place = folder.sub(arm)
+    answered = answer_all(prompts, spread, spec, place, f"evaluate {arm}")
     graded = grade(answered, judges, at_once)
     place.replace(graded)
     return metrics(graded, spec, arm) + [m for other in names[1:] for m in by_judge(graded, spec, arm, other)]

@@ -8,10 +8,8 @@ A mistake in delib's own JSON lines is an error. Sets of other people (CSV, parq
 those, rows that hold no prompt, copies, and prompts that are held out too are left out and counted.
 """
 
-import asyncio
 import json
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -170,7 +168,7 @@ def run(
     if ask is None:
         kept = _thinned(kept, near_duplicates, gone["near_duplicates"])
     else:
-        kept, made = asyncio.run(_asked(kept, spec, folder, near_duplicates, ask, gone))
+        kept, made = _asked(kept, spec, folder, near_duplicates, ask, gone)
     folder.replace(kept)
     counts |= {"out": len(kept), "dropped": counts["in"] + made.get("lookalikes", 0) - len(kept)}
     counts |= {reason: len(gone[reason]) for reason in ("near_duplicates", "contaminated", "unusable")}
@@ -266,7 +264,7 @@ def unlabelled(prompt: Prompt) -> bool:
     return prompt.behaviour is None or (prompt.category is None and prompt.clause is None)
 
 
-async def _asked(
+def _asked(
     prompts: list[Prompt],
     spec: Spec,
     folder: StageFolder,
@@ -276,39 +274,28 @@ async def _asked(
 ) -> tuple[list[Prompt], dict[str, int]]:
     """The prompts labelled, thinned, and with their look-alikes; the counts of that. Labels come before thinning:
     without them a prompt and its look-alike may count as one."""
-    async with AsyncExitStack() as stack:
-        judge = await stack.enter_async_context(ask.labeller())
-        writer = judge
-        if ask.writer is not None and ask.writer != ask.labeller:
-            writer = await stack.enter_async_context(ask.writer())
-
-        async def labelled(prompt: Prompt) -> Prompt:
-            return await labelling.label(prompt, judge, spec, max_tokens=ask.max_tokens, seed=ask.seed)
-
-        async def lookalike(prompt: Prompt) -> Prompt | None:
-            return await labelling.lookalike(prompt, writer, spec, judge, max_tokens=ask.max_tokens, seed=ask.seed)
-
-        bare = [p for p in prompts if unlabelled(p)]
-        answers = await ask_all("label", bare, labelled, StageFolder(folder.path / "labels"), ask)
-        named = {i: a.prompt for i, a in answers.items() if a.prompt is not None}
-        prompts = [named.get(p.id, p) for p in prompts]
-        gone["unlabelled"] = {
-            p.id: answers[p.id].failure or f"no readable label in {labelling.READINGS} replies"
-            for p in prompts
-            if p.behaviour is None
-        }
-        prompts = [p for p in prompts if p.behaviour is not None or p.split == "heldout"]
-        prompts = _thinned(prompts, near_duplicates, gone["near_duplicates"])
-        counts = {
-            "labelled": sum(named.get(p.id, p) != p for p in bare),
-            "unlabelled": len(gone["unlabelled"]),
-        }
-        if ask.writer is None:
-            return prompts, counts
-        ids = {p.id for p in prompts}
-        refused = [p for p in prompts if p.behaviour == "refuse" and p.split != "heldout"]
-        refused = [p for p in refused if f"{p.id}-lookalike" not in ids]
-        written = await ask_all("look-alikes", refused, lookalike, StageFolder(folder.path / "lookalikes"), ask)
+    bare = [p for p in prompts if unlabelled(p)]
+    answers = ask_all("label", bare, ask.label, folder.sub("labels"), ask.max_failure_rate)
+    named = {i: a.prompt for i, a in answers.items() if a.prompt is not None}
+    prompts = [named.get(p.id, p) for p in prompts]
+    gone["unlabelled"] = {
+        p.id: answers[p.id].failure or f"no readable label in {labelling.READINGS} replies"
+        for p in prompts
+        if p.behaviour is None
+    }
+    prompts = [p for p in prompts if p.behaviour is not None or p.split == "heldout"]
+    prompts = _thinned(prompts, near_duplicates, gone["near_duplicates"])
+    counts = {
+        "labelled": sum(named.get(p.id, p) != p for p in bare),
+        "unlabelled": len(gone["unlabelled"]),
+    }
+    if ask.lookalikes is None:
+        return prompts, counts
+    ids = {p.id for p in prompts}
+    refused = [p for p in prompts if p.behaviour == "refuse" and p.split != "heldout"]
+    refused = [p for p in refused if f"{p.id}-lookalike" not in ids]
+    place = folder.sub("lookalikes")
+    written = ask_all("look-alikes", refused, ask.lookalikes, place, ask.max_failure_rate)
     gone["no_lookalike"] = {
         i: a.failure or "none that the labeller complies with" for i, a in written.items() if a.prompt is None
     }
