@@ -235,7 +235,7 @@ def test_the_pages_tables_are_what_the_model_says():
         whole, money = capacity.hours(rows), sum(row.cost or 0 for row in rows)
         assert number(hours) == pytest.approx(whole, abs=0.05) and number(cost) == pytest.approx(money, abs=0.5)
         assert number(gpu_hours) == pytest.approx(money / number(dear), abs=0.5)
-        assert {row.limit for row in rows if row.stage in capacity.OVER_RAY} == {"tokens/s"}
+        assert {row.limit for row in rows if row.stage in capacity.BESIDE} == {"tokens/s"}
         assert number(share) == pytest.approx(100 * of(rows, "filter", "vllm/m").hours / whole, abs=1)
 
 
