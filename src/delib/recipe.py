@@ -288,7 +288,7 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     report: ReportSection = ReportSection()
     ray: RaySection | None = None
-    """Where generate and filter ask their models beyond this process; null asks from this one."""
+    """Where labels, generate, filter and evaluate's answers are made beyond this process; null makes them in it."""
 
     @property
     def record_seed(self) -> int:
