@@ -5,16 +5,21 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from conftest import SPEC
-from delib import launch, recipe
+from delib import launch, pipeline, recipe
 from delib.errors import UserError
 from delib.records import Example, Manifest, Message
 from delib.run import RECORDS, Run
@@ -268,14 +273,10 @@ def run_folder(folder: Path, model: Path) -> Path:
     return file
 
 
-@pytest.mark.slow
-def test_the_slurm_script_trains_a_tiny_model_in_two_processes(tmp_path, tiny_model):
-    """The script as it is written, but for RL: bash runs it, with SLURM's variables and commands stood in for."""
-    file = run_folder(tmp_path, tiny_model)
-    run = tmp_path / "it's a run"
-    script = launch.write(file, [], "slurm", nodes=1, per_node=2, run=run).replace("\nlaunch rl\n", "\n")
-    commands = tmp_path / "bin"
-    commands.mkdir()
+def by_hand(folder: Path, script: str) -> subprocess.Popen:
+    """SLURM's script, run by bash with SLURM's variables and commands stood in for."""
+    commands = folder / "bin"
+    commands.mkdir(exist_ok=True)
     # srun: past its own options, the rest is what each node runs. scontrol: the list of hosts.
     stand_ins = {
         "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
@@ -287,16 +288,62 @@ def test_the_slurm_script_trains_a_tiny_model_in_two_processes(tmp_path, tiny_mo
         (commands / name).write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
         (commands / name).chmod(0o755)
     slurm = {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_ID": "4217", "SLURM_JOB_NODELIST": "localhost"}
-    done = subprocess.run(
-        ["bash"],
-        input=script,
-        env=os.environ | slurm | {"PATH": f"{commands}:{os.environ['PATH']}", "TRITON_CACHE_DIR": str(tmp_path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
+    file = folder / "script.sh"
+    file.write_text(script, encoding="utf-8")
+    return subprocess.Popen(
+        ["bash", str(file)],
+        env=os.environ | slurm | {"PATH": f"{commands}:{os.environ['PATH']}", "TRITON_CACHE_DIR": str(folder)},
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_the_slurm_script_trains_a_tiny_model_in_two_processes(tmp_path, tiny_model):
+    """The script as it is written, but for RL: bash runs it, with SLURM's variables and commands stood in for."""
+    file = run_folder(tmp_path, tiny_model)
+    run = tmp_path / "it's a run"
+    script = launch.write(file, [], "slurm", nodes=1, per_node=2, run=run).replace("\nlaunch rl\n", "\n")
+    process = by_hand(tmp_path, script)
+    said = process.communicate()[1].decode()
+    assert process.returncode == 0, said[-3000:]
     manifest = json.loads((run / "sft" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["detail"]["processes"] == 2
     assert manifest["counts"]["in"] == 8
+
+
+@pytest.mark.slow
+def test_what_the_script_trains_goes_on_after_kill_9_in_sft_and_in_rl(recipe_file, monkeypatch):
+    """Two processes by the script as it is written; all of them are killed, and it is started again."""
+    monkeypatch.chdir(recipe_file.parent)
+    changes = ["sft.epochs=8", "rl.steps=6", "rl.checkpoint_steps=1"]
+    whole, broken = recipe_file.parent / "whole", recipe_file.parent / "broken"
+    pipeline.run_to(pipeline.start_run(recipe.load(recipe_file, changes), whole), "distill")
+    shutil.copytree(whole, broken)
+
+    def script(run: Path) -> str:
+        return launch.write(recipe_file, changes, "slurm", nodes=1, per_node=2, run=run)
+
+    unbroken = by_hand(recipe_file.parent, script(whole))
+    said = unbroken.communicate()[1].decode()
+    assert unbroken.returncode == 0, said[-3000:]
+    for stage in ("sft", "rl"):
+        started = by_hand(recipe_file.parent, script(broken))
+        while not list((broken / stage / "trainer").glob("checkpoint-[2-9]*")):
+            assert started.poll() is None, f"it ended before it had two checkpoints of {stage}"
+            time.sleep(0.02)
+        for process in [*psutil.Process(started.pid).children(recursive=True), started]:
+            process.kill()
+        started.communicate()
+        assert not (broken / stage / "manifest.json").exists()
+    again = by_hand(recipe_file.parent, script(broken))
+    said = again.communicate()[1].decode()
+    assert again.returncode == 0, said[-3000:]
+    for stage in ("sft", "rl"):
+        first, second = (load_file(run / stage / "checkpoint" / "model.safetensors") for run in (whole, broken))
+        assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+        assert Run(broken).stage(stage).manifest().detail["resumed_from"] is not None
+    assert Run(broken).stage("sft").manifest().detail["processes"] == 2
+    rows = [(run / "rl" / "records.jsonl").read_bytes() for run in (whole, broken)]
+    assert rows[0] == rows[1]

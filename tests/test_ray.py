@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from conftest import questions, write_rows
+from conftest import own_cache, questions, write_rows
 from delib import on_ray, pipeline, recipe
 from delib.errors import StageError, UserError
 from delib.run import Run
@@ -273,12 +273,12 @@ def test_labels_and_lookalikes_over_ray_are_those_of_one_process(machines, made,
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["transformers", "llamacpp"])
 def test_answers_of_all_arms_over_ray_are_those_of_one_process(machines, recipe_file, monkeypatch, engine):
-    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     whole = recipe_file.parent / "whole"
     given = [f"engine={engine}", "evaluate.arms=[base, base_spec, sft]"]
     pipeline.run_to(pipeline.start_run(recipe.load(recipe_file, given), whole), "sft")
     shutil.copytree(whole, recipe_file.parent / "ray")
     for name, more in (("whole", []), ("ray", [over(machines, block=1)])):
+        monkeypatch.setenv("DELIB_CACHE", str(own_cache()))  # each makes its own calls
         ready = pipeline.start_run(recipe.load(recipe_file, [*given, *more]), recipe_file.parent / name)
         assert ready.execute("evaluate").counts["out"] > 6
     for arm in ("base", "base_spec", "sft"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from conftest import questions
 from delib import pipeline, recipe, remote
 from delib.errors import StageError, UserError
 from delib.records import Manifest, Message, Prompt
-from delib.run import StageFolder, key_of
+from delib.run import StageFolder, dump, key_of
 
 PROMPTS, SAMPLES, CALLS_A_SAMPLE, CONCURRENCY = 30, 2, 4, 8
 BUCKET = "bucket"
@@ -214,11 +215,152 @@ def test_another_machine_has_what_was_put_and_goes_on(run):
     assert [p.id for p in there.stream(Prompt)] == [f"p{n}" for n in range(9)]
     there.append(row(9))
     there.leave()
-    with pytest.raises(StageError, match="another command has taken over this stage"):
+    with pytest.raises(StageError, match="another command has begun this stage since"):
         for n in range(10, 30):
             folder.append(row(n))
     again = run("c").stage("filter")
     assert [p.id for p in again.stream(Prompt)] == [f"p{n}" for n in range(10)]
+
+
+def test_two_machines_in_turn_lose_nothing(run):
+    first = run("a").stage("filter")
+    first.begin(KEY)
+    for n in range(4):
+        first.append(row(n))
+    first.leave()
+    with first.records_path.open("ab") as handle:  # what the first had not put yet, and a line that it was killed in
+        handle.write(dump(row(4)).encode() + b"\n" + b'{"id": "torn')
+    second = run("b").stage("filter")
+    second.begin(KEY)
+    for n in range(10, 20):
+        second.append(row(n))
+    second.leave()
+    again = run("a").stage("filter")
+    again.begin(KEY)
+    again.append(row(30))
+    again.leave()
+    whole = {f"p{n}" for n in [*range(5), *range(10, 20), 30]}
+    for machine in ("a", "b", "c"):
+        ids = [p.id for p in run(machine).stage("filter").stream(Prompt)]
+        assert set(ids) == whole and len(ids) == len(whole)
+
+
+def test_what_another_command_puts_before_this_one_begins_counts(run):
+    here, there = run("a").stage("filter"), run("b").stage("filter")
+    there.begin(KEY)
+    for n in range(9):
+        there.append(row(n))
+    there.leave()
+    here.begin(KEY)
+    here.append(row(9))
+    here.leave()
+    assert [p.id for p in run("c").stage("filter").stream(Prompt)] == [f"p{n}" for n in range(10)]
+
+
+def test_work_of_another_key_that_was_only_begun_there_does_not_take_the_records_here(run):
+    folder = run("a").stage("evaluate")
+    folder.begin(KEY)
+    arm = folder.sub("sft")
+    arm.path.mkdir()
+    for place in (folder, arm):
+        place.append(row(1))
+    other = key_of({"changed": 1}, 0, {})
+    run("b").stage("evaluate").begin(other)
+    again = run("a").stage("evaluate")
+    assert not again.begin(other)
+    assert list(again.stream(Prompt)) == [] and not (again.path / "sft").exists()
+
+
+def test_a_finished_stage_that_is_begun_again_keeps_its_records_there(run):
+    """As evaluate does with another second judge."""
+    folder = run("a").stage("evaluate")
+    folder.begin(KEY)
+    arm = folder.sub("sft")
+    arm.path.mkdir()
+    arm.append(row(1))
+    folder.finish(manifest("evaluate", KEY), ["sft/records.jsonl"])
+    run("a").stage("evaluate").begin(KEY)
+    other = run("b").stage("evaluate")
+    assert other.manifest() is None
+    assert [p.id for p in StageFolder(other.path / "sft").stream(Prompt)] == ["p1"]
+
+
+def test_a_changed_checkpoint_takes_the_place_of_the_old_one(run):
+    def made(machine: str, key: str, *files: str) -> None:
+        folder = run(machine).stage("sft")
+        folder.begin(key)
+        (folder.path / "checkpoint").mkdir()
+        for name in files:
+            (folder.path / "checkpoint" / name).write_text(key)
+        folder.finish(manifest("sft", key), ["checkpoint"])
+
+    made("a", KEY, "model.safetensors", "adapter.safetensors")
+    other = key_of({"changed": 1}, 0, {})
+    made("b", other, "model.safetensors")
+    folder = run("a").stage("sft")
+    assert folder.done(other)
+    assert [file.name for file in (folder.path / "checkpoint").iterdir()] == ["model.safetensors"]
+    shutil.rmtree(folder.path / "checkpoint")
+    assert run("a").stage("sft").done(other), "it is fetched again"
+
+
+def test_readers_fetch_no_checkpoint_and_leave_a_mirror_that_is_worked_on(run, monkeypatch, tmp_path):
+    folder = run("a").stage("sft")
+    folder.begin(KEY)
+    (folder.path / "checkpoint").mkdir()
+    (folder.path / "checkpoint" / "model.safetensors").write_text("weights")
+    folder.append(row(1))
+    folder.finish(manifest("sft", KEY), ["checkpoint", "records.jsonl"])
+    monkeypatch.setenv("DELIB_CACHE", str(tmp_path / "reader"))
+    mirror = remote.mirror(f"memory://{tmp_path.name}/run")
+    assert not (mirror / "sft").exists(), "a name alone fetches nothing"
+    remote.fetched(mirror)
+    assert (mirror / "sft" / "records.jsonl").exists() and not (mirror / "sft" / "checkpoint").exists()
+    assert run("reader").stage("sft").done(KEY), "who works on it has all"
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'wb'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    other = tmp_path / "worked"
+    monkeypatch.setenv("DELIB_CACHE", str(other))
+    mirror = remote.mirror(f"memory://{tmp_path.name}/run")
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(mirror / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        remote.fetched(mirror)
+        assert not (mirror / "sft").exists()
+        with pytest.raises(UserError, match="another command works on it"):
+            remote.opened(mirror)
+        process.kill()
+    remote.fetched(mirror)
+    assert (mirror / "sft").exists(), "the lock went with its process"
+
+
+def test_labels_go_with_the_report(run):
+    here = run("a")
+    (here.path / "labels").mkdir()
+    (here.path / "labels" / "sheet.jsonl").write_text("{}")
+    folder = here.stage("report")
+    folder.begin(KEY)
+    (folder.path / "report.md").write_text("figures")
+    folder.finish(manifest("report", KEY), ["report.md"])
+    assert (run("b").path / "labels" / "sheet.jsonl").read_text() == "{}"
+
+
+def test_a_storage_that_fails_does_not_hide_why_a_stage_stopped(run, monkeypatch, mock, capsys):
+    here = run("a")
+    ready = pipeline.Pipeline(recipe.load(mock, []), here)
+
+    def stopped(self: object, folder: StageFolder) -> None:
+        folder.append(row(1))
+        monkeypatch.setattr(here.store._files, "pipe_file", broken)
+        raise KeyboardInterrupt
+
+    def broken(*_: object) -> None:
+        raise OSError("no route to it")
+
+    monkeypatch.setitem(pipeline._RUN, "prompts", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ready.execute("prompts")
+    assert "no route to it" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_of_another_key_nothing_counts(run):

@@ -12,7 +12,7 @@ import typer
 
 from delib import __version__, completing
 from delib.cli_figures import figures_app
-from delib.cli_folders import RunArgument, RunOption, here, run_folder
+from delib.cli_folders import RunArgument, RunOption, fetched, here, run_folder
 from delib.cli_groups import models_app, prompts_app, spec_app
 from delib.cli_help import Panels
 from delib.errors import StageError, UserError
@@ -149,7 +149,7 @@ def check(
     typer.echo(f"{recipe}: sound")
     typer.echo(plan.table(loaded), nl=False)
     if run is not None:
-        typer.echo(changes.foretold(loaded, run), nl=False)
+        typer.echo(changes.foretold(loaded, fetched(run)), nl=False)
 
 
 @app.command()
@@ -214,7 +214,7 @@ def show(
     """Print one prompt's life: what was sent, written, judged, kept, trained on and answered."""
     from delib import life
 
-    typer.echo(life.tell(run, prompt_id))
+    typer.echo(life.tell(fetched(run), prompt_id))
 
 
 @app.command()
@@ -228,7 +228,7 @@ def view(
     """Write a page about a run, its figures, samples and spec, which needs nothing else, and open it."""
     from delib import view as viewing
 
-    page = viewing.write(run, out)
+    page = viewing.write(fetched(run), out)
     typer.echo(page)
     if not no_open:
         import webbrowser

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from delib import completing
-from delib.cli_folders import RunArgument, run_folder
+from delib.cli_folders import RunArgument, fetched, run_folder
 from delib.errors import UserError
 
 figures_app = typer.Typer()
@@ -55,7 +55,7 @@ def coverage(
     """Tell of each clause what exercises it, how often reasoning cites it and rightly so, and what nothing tests."""
     from delib import coverage as covering
 
-    typer.echo(covering.report(run, arm, json_out), nl=False)
+    typer.echo(covering.report(fetched(run), arm, json_out), nl=False)
 
 
 @figures_app.command()
@@ -72,7 +72,7 @@ def diff(
     """Tell what an edit of the policy did: the spec's difference, then each figure's, and what changed sides."""
     from delib import diff as differing
 
-    typer.echo(differing.report(first, second, arm, changed, as_json), nl=False)
+    typer.echo(differing.report(fetched(first), fetched(second), arm, changed, as_json), nl=False)
 
 
 @figures_app.command()

@@ -9,7 +9,7 @@ from delib.errors import UserError
 
 
 def run_folder(text: str) -> Path:
-    """A run folder here: the named one, or the mirror of the one at an address."""
+    """A run folder here: the named one, or the mirror of the one at an address, to which nothing is fetched yet."""
     if "://" not in text:
         return Path(text)
     from delib import remote
@@ -22,6 +22,14 @@ def here(text: str) -> Path:
     if "://" in text:
         raise UserError(f"{text}: this command writes to a folder of this machine; only 'delib run' makes runs there")
     return Path(text)
+
+
+def fetched(run: Path) -> Path:
+    """The same folder, to be read; a mirror with what stands at its address."""
+    from delib import remote
+
+    remote.fetched(run)
+    return run
 
 
 RunOption = Annotated[Path, typer.Option("--run", parser=run_folder, help="The run folder.", show_default=False)]

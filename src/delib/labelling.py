@@ -212,6 +212,7 @@ def ask_all(
                 ticker.step()
 
             spread(todo, told)
+        folder.leave()
     failed = [a for a in answers.values() if a.failure is not None]
     if len(failed) > max_failure_rate * len(prompts):
         causes = "; ".join(f"{a.id}: {a.failure}" for a in failed[:3])

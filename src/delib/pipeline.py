@@ -159,7 +159,7 @@ class Pipeline:
             made: Manifest = _RUN[stage](self, folder)
         except (UserError, StageError, KeyboardInterrupt):
             if lead:
-                folder.leave()
+                _leave(folder)
             raise
         except OSError as error:
             raise disk_error(folder.path, error) from error
@@ -224,7 +224,8 @@ class Pipeline:
     def spread(self, stage: str, checkpoint: Path | None = None) -> Spread:
         """Where the records of a stage, of an arm or for a labeller are worked on, as `Opener.working` does it: over
         the cluster that the recipe names, or here."""
-        if self.recipe.ray is not None:
+        alone = stage in ARMS and self.recipe.device == "cuda"  # a GPU is no CPU of the cluster's
+        if self.recipe.ray is not None and not alone:
             return on_ray.over(self.recipe.ray, self.opener, stage, checkpoint)
         at_once = evaluate.AT_ONCE if stage in ARMS else self.opener.at_once
         return here(partial(self.opener.working, stage, checkpoint), at_once)
@@ -356,20 +357,31 @@ _RUN: dict[str, Callable[[Pipeline, StageFolder], Manifest]] = {
 }
 
 
+def _leave(folder: StageFolder) -> None:
+    """Leave a stage that stops; a failure of that does not hide why it stops."""
+    try:
+        folder.leave()
+    except StageError as error:
+        say(f"note: {error}")
+
+
 def open_run(path: Path) -> Pipeline:
     """A run that exists, by the recipe and the spec that it was started with: the files that these came from may have
     been edited since. Raises UserError when it is none."""
+    run = remote.opened(path, fetch=not processes.launched())
     spec = path / made_with.SPEC
-    return Pipeline(made_with.recipe_of(path), remote.opened(path), spec=spec if spec.exists() else None)
+    return Pipeline(made_with.recipe_of(path), run, spec=spec if spec.exists() else None)
 
 
 def start_run(recipe: Recipe, path: Path, ledger: Ledger | None = None, spec: Path | None = None) -> Pipeline:
     """A new run folder for a recipe, or one that exists, in which nothing is changed before a stage is run. `ledger`
     and `spec` as for a Pipeline."""
-    problems = check(recipe) or made_with.in_the_way(recipe, path)
-    if problems:
+    if problems := check(recipe):
         raise UserError(problems)
-    return Pipeline(recipe, remote.opened(path), ledger, spec)
+    run = remote.opened(path)
+    if problems := made_with.in_the_way(recipe, path):
+        raise UserError(problems)
+    return Pipeline(recipe, run, ledger, spec)
 
 
 def run_to(pipeline: Pipeline, last: str) -> None:

@@ -4,34 +4,40 @@ In: an address such as `s3://bucket/runs/mine`. Out: the folder here that mirror
 that puts there what its stages write. Nothing there is appended to or renamed: a stage has objects
 `records/part-*.jsonl`, each put whole and never changed, its other outputs, and `manifest.json`, put last. While it
 works its parts bear its key and the place of their first byte; at its end those of the finished records, in order, take
-their place. One command at a time writes a stage: the later one takes it over, and the earlier stops at its next part.
+their place. One command at a time writes a stage: the later one takes it over, with what was put, and the earlier stops
+at its next part. Here a lock holds the mirror for one command.
 """
 
+import fcntl
 import hashlib
 import json
 import re
+import shutil
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO
+
+from pydantic import ValidationError
 
 from delib import made_with
 from delib.errors import StageError, UserError
 from delib.models.weights import cache_dir
 from delib.progress import say
 from delib.records import Manifest, Record
-from delib.run import MANIFEST, RECORDS, R, Run, StageFolder, sha256, write_whole
+from delib.run import MANIFEST, RECORDS, R, Run, StageFolder, set_aside, sha256, write_whole
 
-MARK, KEY, WRITER, SPENT = "remote", "key", "writer", "spent.json"
+MARK, KEY, WRITER, SPENT, LABELS = "remote", "key", "writer", "spent.json", "labels"
 PART_BYTES = 16 * 2**20
 """Records that one object holds."""
 PART_SECONDS = 60.0
-"""Records that are finished are put there so often at least; what is younger is on this machine alone."""
-ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
+"""Finished records are put there so often at least, as the next one is finished."""
 _BEGUN = re.compile(r"(?P<folder>(?:.+/)?)records/part-(?P<key>\w{12})-(?P<place>\d{15})-(?P<hash>\w{12})\.jsonl")
+_held: dict[Path, IO[bytes]] = {}
+"""The locks of mirrors that this process works in."""
 
 
 class Store:
@@ -53,9 +59,7 @@ class Store:
             yield
         except _failures() as error:
             cause = f"{type(error).__name__}: {error}".strip()
-            raise StageError(
-                f"{self.address}: {cause}; what was finished stands here, mend it and run the same command again"
-            ) from error
+            raise StageError(f"{self.address}: {cause}; mend it and run the same command again") from error
 
     def sizes(self) -> dict[str, int]:
         """The size of each object, in bytes."""
@@ -91,9 +95,12 @@ class Store:
             self._files.put_file(str(file), f"{self._root}/{name}")
 
     def get(self, name: str, file: Path) -> None:
+        """Fetch an object to a file, which is the old one or whole."""
         file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_name(file.name + ".part")
         with self._reaching():
-            self._files.get_file(f"{self._root}/{name}", str(file))
+            self._files.get_file(f"{self._root}/{name}", str(scratch))
+            scratch.replace(file)
 
     def remove(self, names: list[str]) -> None:
         with self._reaching():
@@ -108,21 +115,52 @@ def _failures() -> tuple[type[BaseException], ...]:
 
 
 def mirror(address: str) -> Path:
-    """The folder here that mirrors a run folder there, brought up to what stands there. Raises UserError for an address
-    that can't be one, StageError where the storage fails."""
+    """The folder here that mirrors a run folder there; nothing is fetched yet. Raises UserError for an address that
+    can't be one."""
     store = Store(address)
     name = f"{Path(store.address).name}-{hashlib.sha256(store.address.encode()).hexdigest()[:8]}"
     folder = cache_dir() / "runs" / name
-    pull(store, folder)
     write_whole(folder / MARK, store.address)
-    say(f"{store.address}: worked on in {folder}")
     return folder
 
 
-def opened(path: Path) -> Run:
-    """The run in a folder; what a mirror's stages write is put where it mirrors."""
+def opened(path: Path, fetch: bool = True) -> Run:
+    """The run in a folder, to work on. A mirror is brought up to what stands there (`fetch`; of several processes one
+    does so), and what its stages write is put there. Raises UserError where another command works on it here."""
     mark = path / MARK
-    return RemoteRun(path, Store(mark.read_text(encoding="utf-8"))) if mark.is_file() else Run(path)
+    if not mark.is_file():
+        return Run(path)
+    store = Store(mark.read_text(encoding="utf-8"))
+    if fetch:
+        if not _locked(path):
+            raise UserError(f"{store.address}: another command works on it in {path}; wait for its end")
+        say(f"{store.address}: worked on in {path}")
+        pull(store, path)
+    return RemoteRun(path, store)
+
+
+def fetched(path: Path) -> None:
+    """Bring a mirror up to what stands there, but for checkpoints, to be read. Where a command works on it here, it is
+    left as it is."""
+    if (path / MARK).is_file() and path.resolve() not in _held and _locked(path):
+        try:
+            pull(Store((path / MARK).read_text(encoding="utf-8")), path, checkpoints=False)
+        finally:
+            _held.pop(path.resolve()).close()
+
+
+def _locked(path: Path) -> bool:
+    """Whether this process holds the mirror, from now to its end; a lock goes with its process."""
+    place = path.resolve()
+    if place not in _held:
+        lock = (place / "lock").open("wb")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return False
+        _held[place] = lock
+    return True
 
 
 class RemoteRun(Run):
@@ -141,30 +179,38 @@ class RemoteFolder(StageFolder):
         super().__init__(path)
         self._store, self._root, self._name, self._writer = store, root, name, writer
         self._end: int | None = None
+        self._other: list[str] = []
         self._put = time.monotonic()
         self._folders: list[RemoteFolder] = []
 
-    def sub(self, name: str) -> StageFolder:
+    def sub(self, name: str) -> "RemoteFolder":
         made = RemoteFolder(self.path / name, self._store, self._root, f"{self._name}/{name}", self._writer)
         self._folders.append(made)
         return made
 
     def begin(self, key: str) -> bool:
-        other = super().begin(key)
+        """What another command has put of the same work since this one looked counts too."""
         self._writer = uuid.uuid4().hex
         self._store.write(f"{self._name}/{WRITER}", self._writer.encode())
-        if self._store.read(f"{self._name}/{MANIFEST}") is not None:
-            self._store.remove([f"{self._name}/{MANIFEST}"])
+        if self._store.read(f"{self._name}/{KEY}") == key.encode():
+            _pull_begun(self._store, self._root, self._name, self._store.sizes())
+        other = super().begin(key)
         self._store.write(f"{self._name}/{KEY}", key.encode())
         self._put_files(self._root, "", (made_with.RECIPE, made_with.SPEC, SPENT))
+        for file in self.path.glob(f"*/{RECORDS}"):
+            self.sub(file.parent.name)
+        self.leave()  # as when finished records are to be graded anew
+        if self._store.read(f"{self._name}/{MANIFEST}") is not None:
+            self._store.remove([f"{self._name}/{MANIFEST}"])
         return other
 
     def append(self, record: Record) -> None:
         super().append(record)
         if self._end is None:
-            self._end = self._standing()
+            self._look()
+        assert self._end is not None
         late = time.monotonic() - self._put > PART_SECONDS
-        if late or self.records_path.stat().st_size - self._end > PART_BYTES:
+        if late or self._other or self.records_path.stat().st_size - self._end > PART_BYTES:
             self.leave()
 
     def replace(self, records: Iterable[Record]) -> None:
@@ -181,7 +227,8 @@ class RemoteFolder(StageFolder):
         if not self._writer or not self.records_path.exists():
             return
         if self._end is None:
-            self._end = self._standing()
+            self._look()
+        assert self._end is not None
         self._own()
         with self.records_path.open("rb") as handle:
             handle.seek(self._end)
@@ -190,6 +237,8 @@ class RemoteFolder(StageFolder):
         if content:
             self._store.write(self._part(self._end, content), content)
             self._end += len(content)
+        self._store.remove(self._other)
+        self._other = []
         self._put_files(self._root, "", (SPENT,))
         self._put = time.monotonic()
 
@@ -205,11 +254,12 @@ class RemoteFolder(StageFolder):
         if manifest is None or self._store.read(f"{self._name}/{MANIFEST}") == whole:
             return
         before = [name for name in self._store.sizes() if name.startswith(f"{self._name}/")]
-        names = {f"{self._name}/{name}" for name in (KEY, WRITER, MANIFEST)}
+        names = {f"{self._name}/{name}" for name in (WRITER, MANIFEST)}
         for output, made in manifest.outputs.items():
             names |= self._put_records(output, made) if output.endswith(RECORDS) else self._put_output(output)
-        names |= self._put_files(self.path, f"{self._name}/", (made_with.RECIPE, made_with.SPEC))
-        self._put_files(self._root, "", (made_with.RECIPE, made_with.SPEC, SPENT))
+        names |= self._put_files(self.path, f"{self._name}/", (KEY, made_with.RECIPE, made_with.SPEC))
+        labels = [f"{LABELS}/{file.name}" for file in sorted((self._root / LABELS).glob("*"))]
+        self._put_files(self._root, "", (made_with.RECIPE, made_with.SPEC, SPENT, *labels))
         self._store.write(f"{self._name}/{MANIFEST}", whole)
         self._store.remove([name for name in before if name not in names])
 
@@ -220,27 +270,24 @@ class RemoteFolder(StageFolder):
     def _part(self, place: int, content: bytes) -> str:
         return f"{self._name}/records/part-{self._key()}-{place:015d}-{hashlib.sha256(content).hexdigest()[:12]}.jsonl"
 
-    def _standing(self) -> int:
-        """The end of the records here that stand there too. Parts that are not as these go, as after a change of their
-        order: they are put anew."""
+    def _look(self) -> None:
+        """Find the end of the records here that stand there too. Where parts there are none of these, as after a change
+        of order, all is put anew, and then those go."""
         begun = begun_parts(self._store.sizes()).get((f"{self._name}/", self._key()), [])
-        end, same = 0, True
+        end = 0
         with self.records_path.open("rb") as handle:
-            for _, name, size in begun:
-                content = handle.read(size)
-                same = same and self._part(end, content) == name
-                end += len(content)
-        if not same:
-            self._store.remove([name for _, name, _ in begun])
-        return end if same else 0
+            same = all(self._part(place, handle.read(size)) == name for place, name, size in begun)
+            end = handle.tell()
+        self._end, self._other = (end, []) if same else (0, [name for _, name, _ in begun])
+        self._put = time.monotonic()
 
     def _own(self) -> None:
         """Raises StageError where another command has begun the stage since."""
         other = self._store.read(f"{self._name.partition('/')[0]}/{WRITER}")
         if other is not None and other.decode() != self._writer:
             raise StageError(
-                f"{self._store.address}/{self._name}: another command has taken over this stage; let one at a time "
-                "work on it"
+                f"{self._store.address}/{self._name}: another command has begun this stage since; this one stops, and "
+                "that one goes on with what was put"
             )
 
     def _put_files(self, folder: Path, prefix: str, names: tuple[str, ...]) -> set[str]:
@@ -287,17 +334,21 @@ def begun_parts(sizes: dict[str, int]) -> dict[tuple[str, str], list[tuple[int, 
     return {where: sorted(parts) for where, parts in found.items()}
 
 
-def pull(store: Store, folder: Path) -> None:
-    """Bring a mirror up to what stands there. What this machine alone has stays, and is put there by its stage."""
+def pull(store: Store, folder: Path, checkpoints: bool = True) -> None:
+    """Bring a mirror up to what stands there. What this machine alone has of the same work stays, and is put there by
+    its stage. `checkpoints`: whether outputs that are folders are fetched too."""
     sizes = store.sizes()
     for name in (made_with.RECIPE, made_with.SPEC):
         if name in sizes:
+            store.get(name, folder / name)
+    for name in sizes:
+        if name.startswith(f"{LABELS}/") and not (folder / name).exists():
             store.get(name, folder / name)
     if SPENT in sizes and _calls(found := store.read(SPENT)) > _calls(_content(folder / SPENT)):
         write_whole(folder / SPENT, (found or b"").decode())
     for stage in sorted({name.partition("/")[0] for name in sizes if "/" in name}):
         if f"{stage}/{MANIFEST}" in sizes:
-            _pull_finished(store, folder, stage, sizes)
+            _pull_finished(store, folder, stage, sizes, checkpoints)
         elif f"{stage}/{KEY}" in sizes:
             _pull_begun(store, folder, stage, sizes)
 
@@ -310,48 +361,66 @@ def _calls(spent: bytes | None) -> int:
     return sum(row["calls"] for row in json.loads(spent).values()) if spent else 0
 
 
-def _pull_finished(store: Store, folder: Path, stage: str, sizes: dict[str, int]) -> None:
-    whole = store.read(f"{stage}/{MANIFEST}")
-    if whole is None or whole == _content(folder / stage / MANIFEST):
+def _pull_finished(store: Store, folder: Path, stage: str, sizes: dict[str, int], checkpoints: bool) -> None:
+    """Fetch a finished stage beside the one here, and then put it in its place."""
+    whole, place = store.read(f"{stage}/{MANIFEST}") or b"", folder / stage
+    try:
+        manifest = Manifest.model_validate_json(whole)
+    except ValidationError:
+        raise UserError(
+            f"{store.address}/{stage}/{MANIFEST}: no manifest of this version of delib; remove the stage there"
+        ) from None
+    if astray := [output for output in manifest.outputs if ".." in output.split("/") or output.startswith("/")]:
+        raise UserError(f"{store.address}/{stage}/{MANIFEST}: {astray[0]!r} can't be a file of a run")
+    names = {name.removeprefix(f"{stage}/") for name in sizes if name.startswith(f"{stage}/")}
+    wanted = {
+        output: made
+        for output, made in manifest.outputs.items()
+        if checkpoints or output.endswith(RECORDS) or output in names
+    }
+    if whole == _content(place / MANIFEST) and all((place / output).exists() for output in wanted):
         return
-    manifest = Manifest.model_validate_json(whole)
-    (folder / stage / MANIFEST).unlink(missing_ok=True)
-    for name in (KEY, made_with.RECIPE, made_with.SPEC):
-        if f"{stage}/{name}" in sizes:
-            store.get(f"{stage}/{name}", folder / stage / name)
-    for output, made in manifest.outputs.items():
+    scratch = place.with_name(f"{stage}.fetched")
+    shutil.rmtree(scratch, ignore_errors=True)
+    for name in names & {KEY, made_with.RECIPE, made_with.SPEC}:
+        store.get(f"{stage}/{name}", scratch / name)
+    for output, made in wanted.items():
         if output.endswith(RECORDS):
-            start = f"{stage}/{output.removesuffix(RECORDS)}records/part-{made[:12]}-"
-            _join(store, sorted(name for name in sizes if name.startswith(start)), folder / stage / output)
+            start = f"{output.removesuffix(RECORDS)}records/part-{made[:12]}-"
+            content = b"".join(store.read(f"{stage}/{n}") or b"" for n in sorted(names) if n.startswith(start))
+            (scratch / output).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / output).write_bytes(content)
         else:
-            for name in (n for n in sizes if n == f"{stage}/{output}" or n.startswith(f"{stage}/{output}/")):
-                store.get(name, folder / name)
-        if not (folder / stage / output).exists() or sha256(folder / stage / output) != made:
+            for name in (n for n in names if n == output or n.startswith(f"{output}/")):
+                store.get(f"{stage}/{name}", scratch / name)
+        if not (scratch / output).exists() or sha256(scratch / output) != made:
             raise StageError(f"{store.address}/{stage}: {output} is not what its manifest says; remove the stage there")
-    write_whole(folder / stage / MANIFEST, whole.decode())
+    write_whole(scratch / MANIFEST, whole.decode())
+    if place.exists():
+        set_aside(place)
+    scratch.rename(place)
 
 
 def _pull_begun(store: Store, folder: Path, stage: str, sizes: dict[str, int]) -> None:
-    key = store.read(f"{stage}/{KEY}")
-    same = key == _content(folder / stage / KEY)
-    if key is None or (same and (folder / stage / MANIFEST).exists()):
-        return
-    for (place, part), parts in begun_parts(sizes).items():
-        file = folder / place / RECORDS
-        if not place.startswith(f"{stage}/") or not key.decode().startswith(part):
-            continue
-        if not same or not file.exists() or file.stat().st_size < sum(size for _, _, size in parts):
-            _join(store, [name for _, name, _ in parts], file)
-    (folder / stage / MANIFEST).unlink(missing_ok=True)
-    if not same:
-        write_whole(folder / stage / KEY, key.decode())
+    """Take what was put of a stage that is not finished. Of work under the same key that is here as well both stay."""
+    key, place = store.read(f"{stage}/{KEY}") or b"", folder / stage
+    if key == _content(place / KEY):
+        if (place / MANIFEST).exists():
+            return
+    elif place.exists():
+        set_aside(place)
+    for (inside, part), parts in begun_parts(sizes).items():
+        if inside.startswith(f"{stage}/") and key.decode().startswith(part):
+            file = folder / inside / RECORDS
+            there = b"".join(store.read(name) or b"" for _, name, _ in parts)
+            write_whole(file, joined(there, _content(file) or b"").decode())
+    write_whole(place / KEY, key.decode())
 
 
-def _join(store: Store, names: list[str], file: Path) -> None:
-    """Parts as one file, which is the old one or whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch: Any = file.with_name(file.name + ".part")
-    with scratch.open("wb") as handle:
-        for name in names:
-            handle.write(store.read(name) or b"")
-    scratch.replace(file)
+def joined(there: bytes, here: bytes) -> bytes:
+    """All records of both, those there first and as they are, each line once. A torn last line is none."""
+    known = there.splitlines(keepends=True)
+    seen = set(known)
+    return there + b"".join(
+        line for line in here.splitlines(keepends=True) if line not in seen and line.endswith(b"\n")
+    )

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,6 +99,13 @@ def dump(record: Record) -> str:
     return record.model_dump_json(exclude_none=False)
 
 
+def set_aside(folder: Path) -> None:
+    """Rename a stage's folder to NAME.stale, in place of an earlier one."""
+    stale = folder.with_name(folder.name + ".stale")
+    shutil.rmtree(stale, ignore_errors=True)
+    folder.rename(stale)
+
+
 class StageFolder:
     """One stage's folder: appends, resumes, and closes with a manifest."""
 
@@ -131,12 +139,7 @@ class StageFolder:
         mark = self.path / "key"
         other = mark.exists() and mark.read_text() != key
         if other:
-            stale = self.path.with_name(self.path.name + ".stale")
-            if stale.exists():
-                import shutil
-
-                shutil.rmtree(stale)
-            self.path.rename(stale)
+            set_aside(self.path)
             self.path.mkdir()
         (self.path / MANIFEST).unlink(missing_ok=True)
         write_whole(mark, key)

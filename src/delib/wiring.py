@@ -82,5 +82,5 @@ OUTPUTS: dict[str, Callable[[StageFolder], list[str]]] = {
     **dict.fromkeys(("sft", "cold_start"), _checkpoint),
     **dict.fromkeys(("rl", "rl_only"), _both),
     **dict.fromkeys(("evaluate", "ablate"), _answers),
-    "report": lambda folder: ["report.html", "report.md", "metrics.json"],
+    "report": lambda folder: ["report.html", "report.md", "metrics.json", "summary.txt"],
 }

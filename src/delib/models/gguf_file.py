@@ -6,6 +6,7 @@ written, all of it at once.
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -79,7 +80,7 @@ def to_gguf(folder: Path, target: Path, quantisation: str) -> list[str]:
     problems = [*_unlike(config, family), *_untold(tokenizer, splitter, rows), *unknown]
     if problems:
         raise UserError([f"{folder}: {problem}; {INSTEAD}" for problem in problems])
-    scratch = target.with_suffix(".part")
+    scratch = target.with_suffix(f".{os.getpid()}.part")
     writer = gguf.GGUFWriter(scratch, gguf.MODEL_ARCH_NAMES[architecture])
     _add_model(writer, config, target.stem, gguf.LlamaFileType[FILE_TYPES[quantisation]])
     _add_tokenizer(writer, tokenizer, str(splitter), rows)

@@ -102,6 +102,7 @@ def answer_all(prompts: list[Prompt], spread: Spread, spec: Spec, folder: StageF
                 ticker.step()
 
             spread(todo, told)
+        folder.leave()
     failed = [s for s in have.values() if s.failure is not None]
     if prompts and len(failed) / len(prompts) > MAX_FAILURE_RATE:
         raise StageError(f"{what}: {len(failed)} of {len(prompts)} prompts failed, first {failed[0].failure}")
