@@ -279,10 +279,14 @@ def test_a_finished_stage_that_is_begun_again_keeps_its_records_there(run):
     arm.path.mkdir()
     arm.append(row(1))
     folder.finish(manifest("evaluate", KEY), ["sft/records.jsonl"])
-    run("a").stage("evaluate").begin(KEY)
+    again = run("a").stage("evaluate")
+    again.begin(KEY)
+    again.sub("sft").append(row(2))
+    again.leave()
+    assert len([name for name in names(run("a")) if "sft/records/part-" in name and len(name) > 60]) == 2
     other = run("b").stage("evaluate")
     assert other.manifest() is None
-    assert [p.id for p in StageFolder(other.path / "sft").stream(Prompt)] == ["p1"]
+    assert [p.id for p in StageFolder(other.path / "sft").stream(Prompt)] == ["p1", "p2"]
 
 
 def test_a_changed_checkpoint_takes_the_place_of_the_old_one(run):

@@ -181,16 +181,18 @@ class RemoteFolder(StageFolder):
         self._end: int | None = None
         self._other: list[str] = []
         self._put = time.monotonic()
-        self._folders: list[RemoteFolder] = []
+        self._folders: dict[str, RemoteFolder] = {}
 
     def sub(self, name: str) -> "RemoteFolder":
-        made = RemoteFolder(self.path / name, self._store, self._root, f"{self._name}/{name}", self._writer)
-        self._folders.append(made)
-        return made
+        if name not in self._folders:
+            place = f"{self._name}/{name}"
+            self._folders[name] = RemoteFolder(self.path / name, self._store, self._root, place, self._writer)
+        return self._folders[name]
 
     def begin(self, key: str) -> bool:
         """What another command has put of the same work since this one looked counts too."""
         self._writer = uuid.uuid4().hex
+        self._folders.clear()
         self._store.write(f"{self._name}/{WRITER}", self._writer.encode())
         if self._store.read(f"{self._name}/{KEY}") == key.encode():
             _pull_begun(self._store, self._root, self._name, self._store.sizes())
@@ -222,7 +224,7 @@ class RemoteFolder(StageFolder):
         self._end = None
 
     def leave(self) -> None:
-        for folder in self._folders:
+        for folder in self._folders.values():
             folder.leave()
         if not self._writer or not self.records_path.exists():
             return
