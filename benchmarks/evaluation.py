@@ -150,10 +150,10 @@ def by_inspect(asked: list[list[dict[str, str]]], model: Path, max_tokens: int) 
             log_dir=logs,
             display="none",
         )
-    if log.status != "success" or log.samples is None:
-        raise SystemExit(f"inspect: {log.status}: {log.error}")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    ended = [len(tokenizer.encode(s.output.completion, add_special_tokens=False)) + 1 for s in log.samples]
+        if log.status != "success" or log.samples is None:
+            raise SystemExit(f"inspect: {log.status}: {log.error}")
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        ended = [len(tokenizer.encode(s.output.completion, add_special_tokens=False)) + 1 for s in log.samples]
     return {"tokens": sum(min(count, max_tokens) for count in ended)}
 
 
