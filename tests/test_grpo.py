@@ -73,7 +73,7 @@ def trained(kind: type, recorded: Recorded, tiny_model, folder, steps: int = STE
             losses.append(super().compute_loss(*given, **named))
             return losses[-1]
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=getattr(torch, more.pop("dtype", "float32")))
     arguments = {
         "per_device_train_batch_size": PROMPTS * GROUP,
         "num_generations": GROUP,
@@ -213,7 +213,8 @@ def test_a_planted_mistake_of_one_token_is_seen(plain, recorded, tiny_model, tmp
 
 
 def test_other_rollouts_are_weighted_as_trl_weights_vllms(recorded, tiny_model, tmp_path):
-    """TRL's own path for vLLM, with a vLLM that only has to sync, against ours."""
+    """TRL's own path for vLLM, with a vLLM that only has to sync, against ours; in float64, since the two multiply in
+    another order, and a loss whose terms cancel shows the last bits of float32."""
     from trl import GRPOTrainer
 
     class Synced:
@@ -224,6 +225,7 @@ def test_other_rollouts_are_weighted_as_trl_weights_vllms(recorded, tiny_model, 
         trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Synced(), -1
 
     how = {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 1.2, "steps": 5}
+    how |= {"dtype": "float64"}
     expected = trained(GRPOTrainer, recorded, tiny_model, tmp_path / "a", change=through_vllm, **how)
     found = trained(trainer_class(EXACT._replace(correct=True)), recorded, tiny_model, tmp_path / "b", **how)
     close(found, expected)
