@@ -133,6 +133,24 @@ def questions(folder: Path, count: int) -> None:
     write_rows(folder / "held.jsonl", [held | {"behaviour": "comply"}])
 
 
+def asking(folder: Path, prompts: int, samples: int, concurrency: int) -> Path:
+    """A recipe with teacher and judge at the mock endpoint, over so many `questions`."""
+    questions(folder, prompts)
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"""
+name: mock
+spec: spec.md
+prompts: {{train: train.jsonl, heldout: held.jsonl, near_duplicates: null}}
+generate: {{teacher: openai-api/mock/m, samples: {samples}, max_tokens: 300}}
+judge: openai-api/mock/m
+limits: {{concurrency: {concurrency}, timeout_seconds: 5}}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
 def csv_file(path: Path, header: str, *rows: list) -> str:
     """A CSV file; `header` is its first line."""
     with path.open("w", newline="", encoding="utf-8") as handle:

@@ -6,7 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "delib"
 FLOORS = [
     {"errors", "records", "stats"},
-    {"spec", "run", "recipe", "chat", "progress", "sources", "overlap", "rendering"},
+    {"spec", "run", "recipe", "chat", "progress", "sources", "overlap", "rendering", "storage"},
     {"models", "judges", "evals", "labelling", "authoring", "training", "made_with", "coverage"},
     {"stages"},
     {"opener", "on_ray", "remote", "life", "pack", "wiring", "reference", "view", "view_lives"},

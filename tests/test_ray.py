@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from conftest import own_cache, questions, write_rows
+from conftest import asking, own_cache, write_rows
 from delib import on_ray, pipeline, recipe
 from delib.errors import StageError, UserError
 from delib.run import Run
@@ -76,20 +76,7 @@ def machines() -> Iterator[Machines]:
 @pytest.fixture
 def mock(tmp_path: Path) -> Path:
     """A recipe with teacher and judge at the mock endpoint."""
-    questions(tmp_path, PROMPTS)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"""
-name: mock
-spec: spec.md
-prompts: {{train: train.jsonl, heldout: held.jsonl, near_duplicates: null}}
-generate: {{teacher: openai-api/mock/m, samples: {SAMPLES}, max_tokens: 300}}
-judge: openai-api/mock/m
-limits: {{concurrency: {CONCURRENCY}, timeout_seconds: 5}}
-""",
-        encoding="utf-8",
-    )
-    return path
+    return asking(tmp_path, PROMPTS, SAMPLES, CONCURRENCY)
 
 
 @pytest.fixture

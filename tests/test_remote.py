@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import questions
+from conftest import asking
 from delib import pipeline, recipe, remote
 from delib.errors import StageError, UserError
 from delib.records import Manifest, Message, Prompt
@@ -20,6 +20,7 @@ from delib.run import StageFolder, dump, key_of
 
 PROMPTS, SAMPLES, CALLS_A_SAMPLE, CONCURRENCY = 30, 2, 4, 8
 BUCKET = "bucket"
+ALL = "filter.threshold=0.0"  # so that there is something to distill
 
 
 @pytest.fixture(scope="module")
@@ -50,26 +51,12 @@ def s3() -> Iterator[str]:
 @pytest.fixture
 def mock(tmp_path: Path) -> Path:
     """A recipe with teacher and judge at the mock endpoint."""
-    questions(tmp_path, PROMPTS)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"""
-name: mock
-spec: spec.md
-prompts: {{train: train.jsonl, heldout: held.jsonl, near_duplicates: null}}
-generate: {{teacher: openai-api/mock/m, samples: {SAMPLES}, max_tokens: 300}}
-filter: {{threshold: 0.0}}
-judge: openai-api/mock/m
-limits: {{concurrency: {CONCURRENCY}, timeout_seconds: 5}}
-""",
-        encoding="utf-8",
-    )
-    return path
+    return asking(tmp_path, PROMPTS, SAMPLES, CONCURRENCY)
 
 
 def command(mock: Path, machine: str, address: str, *more: str, seconds: float = 60.0) -> subprocess.Popen:
     """`delib run` to distill on a machine, which is a cache of its own; parts are put after so many seconds."""
-    words = ["run", str(mock), "--to", "distill", "--out", address, *more]
+    words = ["run", str(mock), "--to", "distill", "--out", address, "--set", ALL, *more]
     code = f"from delib import remote; remote.PART_SECONDS = {seconds}; from delib.cli import main; main()"
     environment = os.environ | {"DELIB_CACHE": str(mock.parent / machine)}
     return subprocess.Popen(
@@ -99,7 +86,7 @@ def until(seen: Callable[[], bool]) -> None:
 def test_a_killed_run_goes_on_from_another_machine(s3, mock, endpoint, monkeypatch):
     monkeypatch.setenv("DELIB_CACHE", str(mock.parent / "plain-cache"))
     endpoint()
-    plain = pipeline.start_run(recipe.load(mock, []), mock.parent / "plain")
+    plain = pipeline.start_run(recipe.load(mock, [ALL]), mock.parent / "plain")
     pipeline.run_to(plain, "distill")
 
     server = endpoint("--latency", "0.2")

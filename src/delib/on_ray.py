@@ -21,7 +21,7 @@ from delib.errors import StageError, UserError
 from delib.models.cache import FILE, Cache
 from delib.models.calls import Ledger, Reply, Spread, Told, Working, side_by_side, too_dear
 from delib.models.weights import cache_dir
-from delib.opener import Opener, passed
+from delib.opener import Opener, kinds
 from delib.progress import say
 from delib.recipe import LimitsSection, RaySection, Recipe
 from delib.records import Record
@@ -244,7 +244,7 @@ class Worker:
             lines.append(dump(record))
             causes.append(None)
 
-        records = map(passed(self.stage)[0].model_validate_json, block["line"].to_pylist())
+        records = map(kinds(self.stage)[0].model_validate_json, block["line"].to_pylist())
         try:
             working = await self._opened()
             await side_by_side(records, lambda record: working(record, told), self.opener.at_once)
@@ -304,7 +304,7 @@ def work_through(
 ) -> None:
     """One round. The first StageError, of a worker or of `told`, stops the calling everywhere, and is raised once what
     had begun is finished and told. `given`: what each worker takes beside the keeper."""
-    kind = passed(given[3])[1]
+    kind = kinds(given[3])[1]
     blocks = -(-len(lines) // section.block)
     pool = ray.data.ActorPoolStrategy(
         min_size=1, max_size=section.workers, max_concurrent_calls_per_actor=BLOCKS_AT_ONCE

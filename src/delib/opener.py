@@ -169,7 +169,7 @@ class Opener:
         return [self.recipe.judge] + ([second] if second else [])
 
 
-def passed(stage: str) -> tuple[type[Record], type[Record]]:
+def kinds(stage: str) -> tuple[type[Record], type[Record]]:
     """The kinds of record that `Opener.working` of a stage takes, and tells of."""
     return (Prompt, labelling.Asked) if stage in (LABEL, LOOKALIKES) else (Sample, Sample)
 

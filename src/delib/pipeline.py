@@ -222,8 +222,7 @@ class Pipeline:
         )
 
     def spread(self, stage: str, checkpoint: Path | None = None) -> Spread:
-        """Where the records of a stage, of an arm or for a labeller are worked on, as `Opener.working` does it: over
-        the cluster that the recipe names, or here."""
+        """Where `Opener.working` works on the records: over the cluster that the recipe names, or here."""
         alone = stage in ARMS and self.recipe.device == "cuda"  # a GPU is no CPU of the cluster's
         if self.recipe.ray is not None and not alone:
             return on_ray.over(self.recipe.ray, self.opener, stage, checkpoint)

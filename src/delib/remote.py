@@ -8,19 +8,17 @@ their place. One command at a time writes a stage: the later one takes it over, 
 at its next part. Here a lock holds the mirror for one command.
 """
 
-import fcntl
 import hashlib
 import json
 import re
 import shutil
-import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from delib import made_with
@@ -29,6 +27,7 @@ from delib.models.weights import cache_dir
 from delib.progress import say
 from delib.records import Manifest, Record
 from delib.run import MANIFEST, RECORDS, R, Run, StageFolder, set_aside, sha256, write_whole
+from delib.storage import Store
 
 MARK, KEY, WRITER, SPENT, LABELS = "remote", "key", "writer", "spent.json", "labels"
 PART_BYTES = 16 * 2**20
@@ -36,82 +35,8 @@ PART_BYTES = 16 * 2**20
 PART_SECONDS = 60.0
 """Finished records are put there so often at least, as the next one is finished."""
 _BEGUN = re.compile(r"(?P<folder>(?:.+/)?)records/part-(?P<key>\w{12})-(?P<place>\d{15})-(?P<hash>\w{12})\.jsonl")
-_held: dict[Path, IO[bytes]] = {}
+_held: dict[Path, FileLock] = {}
 """The locks of mirrors that this process works in."""
-
-
-class Store:
-    """The objects below an address, by their names. Raises StageError where the storage fails."""
-
-    def __init__(self, address: str) -> None:
-        import fsspec
-
-        self.address = address.rstrip("/")
-        try:
-            self._files, root = fsspec.core.url_to_fs(self.address, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{address}: {error}") from error
-        self._root = root.rstrip("/")
-
-    @contextmanager
-    def _reaching(self) -> Iterator[None]:
-        try:
-            yield
-        except _failures() as error:
-            cause = f"{type(error).__name__}: {error}".strip()
-            raise StageError(f"{self.address}: {cause}; mend it and run the same command again") from error
-
-    def sizes(self) -> dict[str, int]:
-        """The size of each object, in bytes."""
-        self._files.invalidate_cache()
-        bucket = self._root.partition("/")[0]
-        with self._reaching():
-            try:
-                if bucket:
-                    self._files.info(bucket)
-            except (FileNotFoundError, PermissionError) as error:
-                why = f"no such bucket, or no right to see it ({error}); make it, or name another"
-                raise UserError(f"{self.address}: {why}") from error
-            found = self._files.find(self._root, detail=True)
-        made = {name.removeprefix(f"{self._root}/"): int(info["size"]) for name, info in found.items()}
-        if astray := [name for name in made if ".." in name.split("/") or name.startswith("/")]:
-            raise UserError(f"{self.address}: {astray[0]!r} can't be a file of a run; remove it there")
-        return made
-
-    def read(self, name: str) -> bytes | None:
-        """None where there is no such object."""
-        with self._reaching():
-            try:
-                return bytes(self._files.cat_file(f"{self._root}/{name}"))
-            except FileNotFoundError:
-                return None
-
-    def write(self, name: str, content: bytes) -> None:
-        with self._reaching():
-            self._files.pipe_file(f"{self._root}/{name}", content)
-
-    def put(self, name: str, file: Path) -> None:
-        with self._reaching():
-            self._files.put_file(str(file), f"{self._root}/{name}")
-
-    def get(self, name: str, file: Path) -> None:
-        """Fetch an object to a file, which is the old one or whole."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_name(file.name + ".part")
-        with self._reaching():
-            self._files.get_file(f"{self._root}/{name}", str(scratch))
-            scratch.replace(file)
-
-    def remove(self, names: list[str]) -> None:
-        with self._reaching():
-            for name in names:
-                self._files.rm_file(f"{self._root}/{name}")
-
-
-def _failures() -> tuple[type[BaseException], ...]:
-    """What a storage's client raises: botocore's own errors are none of the system's."""
-    foreign = sys.modules.get("botocore.exceptions")
-    return (OSError, foreign.BotoCoreError) if foreign else (OSError,)
 
 
 def mirror(address: str) -> Path:
@@ -146,18 +71,17 @@ def fetched(path: Path) -> None:
         try:
             pull(Store((path / MARK).read_text(encoding="utf-8")), path, checkpoints=False)
         finally:
-            _held.pop(path.resolve()).close()
+            _held.pop(path.resolve()).release()
 
 
 def _locked(path: Path) -> bool:
     """Whether this process holds the mirror, from now to its end; a lock goes with its process."""
     place = path.resolve()
     if place not in _held:
-        lock = (place / "lock").open("wb")
+        lock = FileLock(place / "lock")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
+            lock.acquire(blocking=False)
+        except Timeout:
             return False
         _held[place] = lock
     return True
@@ -234,11 +158,11 @@ class RemoteFolder(StageFolder):
         self._own()
         with self.records_path.open("rb") as handle:
             handle.seek(self._end)
-            content = handle.read()
-        content = content[: content.rfind(b"\n") + 1]
-        if content:
-            self._store.write(self._part(self._end, content), content)
-            self._end += len(content)
+            while lines := handle.readlines(PART_BYTES):
+                content = b"".join(line for line in lines if line.endswith(b"\n"))
+                if content:
+                    self._store.write(self._part(self._end, content), content)
+                    self._end += len(content)
         self._store.remove(self._other)
         self._other = []
         self._put_files(self._root, "", (SPENT,))
@@ -300,22 +224,13 @@ class RemoteFolder(StageFolder):
 
     def _put_records(self, output: str, made: str) -> set[str]:
         """The finished records, in parts of whole lines whose names bear the hash of them all."""
-        names, lines, size = set[str](), list[bytes](), 0
-
-        def put() -> None:
-            name = f"{self._name}/{output.removesuffix(RECORDS)}records/part-{made[:12]}-{len(names):05d}.jsonl"
-            self._store.write(name, b"".join(lines))
-            names.add(name)
-
+        start = f"{self._name}/{output.removesuffix(RECORDS)}records/part-{made[:12]}"
+        names = set[str]()
         with (self.path / output).open("rb") as handle:
-            for line in handle:
-                lines.append(line)
-                size += len(line)
-                if size >= PART_BYTES:
-                    put()
-                    lines, size = [], 0
-        if lines or not names:
-            put()
+            while (lines := handle.readlines(PART_BYTES)) or not names:
+                name = f"{start}-{len(names):05d}.jsonl"
+                self._store.write(name, b"".join(lines))
+                names.add(name)
         return names
 
     def _put_output(self, output: str) -> set[str]:
@@ -389,9 +304,10 @@ def _pull_finished(store: Store, folder: Path, stage: str, sizes: dict[str, int]
     for output, made in wanted.items():
         if output.endswith(RECORDS):
             start = f"{output.removesuffix(RECORDS)}records/part-{made[:12]}-"
-            content = b"".join(store.read(f"{stage}/{n}") or b"" for n in sorted(names) if n.startswith(start))
             (scratch / output).parent.mkdir(parents=True, exist_ok=True)
-            (scratch / output).write_bytes(content)
+            with (scratch / output).open("wb") as handle:
+                for name in sorted(n for n in names if n.startswith(start)):
+                    handle.write(store.read(f"{stage}/{name}") or b"")
         else:
             for name in (n for n in names if n == output or n.startswith(f"{output}/")):
                 store.get(f"{stage}/{name}", scratch / name)
@@ -413,16 +329,32 @@ def _pull_begun(store: Store, folder: Path, stage: str, sizes: dict[str, int]) -
         set_aside(place)
     for (inside, part), parts in begun_parts(sizes).items():
         if inside.startswith(f"{stage}/") and key.decode().startswith(part):
-            file = folder / inside / RECORDS
-            there = b"".join(store.read(name) or b"" for _, name, _ in parts)
-            write_whole(file, joined(there, _content(file) or b"").decode())
+            _join(store, [name for _, name, _ in parts], folder / inside / RECORDS)
     write_whole(place / KEY, key.decode())
 
 
-def joined(there: bytes, here: bytes) -> bytes:
-    """All records of both, those there first and as they are, each line once. A torn last line is none."""
-    known = there.splitlines(keepends=True)
-    seen = set(known)
-    return there + b"".join(
-        line for line in here.splitlines(keepends=True) if line not in seen and line.endswith(b"\n")
-    )
+def _join(store: Store, parts: list[str], file: Path) -> None:
+    """Make a file hold the records of both, those there first and as they are; a line of the file that they have is not
+    repeated, and a torn last one is none. One part is held at a time, and a digest of each line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(file.name + ".part")
+    seen = set[bytes]()
+    with scratch.open("wb") as target:
+        for name in parts:
+            content = store.read(name) or b""
+            target.write(content)
+            seen.update(map(_digest, content.splitlines(keepends=True)))
+        if file.exists():
+            with file.open("rb") as here:
+                _add_missing(here, target, seen)
+    scratch.replace(file)
+
+
+def _add_missing(source: BinaryIO, target: BinaryIO, seen: set[bytes]) -> None:
+    for line in source:
+        if line.endswith(b"\n") and _digest(line) not in seen:
+            target.write(line)
+
+
+def _digest(line: bytes) -> bytes:
+    return hashlib.sha256(line).digest()
