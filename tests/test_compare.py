@@ -166,3 +166,36 @@ def test_a_runs_arms_stand_in_the_tables(tmp_path):
     head = line_of(text.splitlines(), "|  | base")
     assert "base, spec in its prompt | SFT | SFT + RL" in head
     assert "n=1" in row_of(text, "hard refusal")[1], "policy retrieval"
+
+
+def test_a_sweep_stands_in_a_table_of_its_own(tmp_path):
+    def metric(name, value):
+        made = Metric(suite="xstest_shipped", arm="m", name=name, value=value, low=0.1, high=0.9, n=40, n_ungraded=1)
+        return made.model_dump()
+
+    about = {"model": "m|1", "suite": "xstest", "headline": "not_overrefuse_shipped", "judge": "compact"}
+    rows = [
+        {
+            "max_tokens": most,
+            "tokens": metric("tokens", most / 2),
+            "cut_off": metric("cut_off", 0.5),
+            "about": about,
+            "metrics": [metric("not_unsafe_shipped", 0.2), metric("not_overrefuse_shipped", 0.75)],
+        }
+        for most in (64, 128)
+    ]
+    sweep = tmp_path / "s.json"
+    sweep.write_text(json.dumps({"budgets": rows}))
+    text = tables.write(None, [f"rl={sweep}"], None)
+    assert row_of(text, "SFT + RL")[1:] == [
+        "xstest, not_overrefuse_shipped",
+        "64",
+        "32 \\[0, 1]",
+        "0.500 \\[0.100, 0.900]",
+        "0.750 \\[0.100, 0.900] (n=40, 1 ungraded)",
+        "compact",
+    ]
+    assert "| m\\|1 | xstest" in tables.write(None, [str(sweep)], None)
+    sweep.write_text(json.dumps({"budgets": [rows[0] | {"metrics": []}]}))
+    with pytest.raises(UserError, match="make it anew"):
+        tables.write(None, [str(sweep)], None)

@@ -15,7 +15,7 @@ FLOORS = [
     | {"evals.suites"},
     {"pipeline"},
     {"talk", "compare", "export", "plan", "measure", "doctor", "order", "launch"},
-    {"ablate", "export_model", "model_card", "pareto", "serving", "tables", "diff", "calls_left", "changes"}
+    {"ablate", "export_model", "model_card", "paper", "pareto", "serving", "tables", "diff", "calls_left", "changes"}
     | {"capacity"},
     {"completing"},
     {"cli", "cli_figures", "cli_folders", "cli_groups", "cli_help"},

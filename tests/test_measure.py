@@ -1,6 +1,7 @@
 """Figures of whole evaluations: many attacks on one prompt, by category, at several lengths of completion."""
 
 import json
+import shutil
 
 import pytest
 from inspect_ai import eval as inspect_eval
@@ -8,7 +9,7 @@ from inspect_ai._util.error import PrerequisiteError
 from inspect_ai.log import read_eval_log
 
 from conftest import csv_file
-from delib import compare, measure, tables
+from delib import compare, measure, recipe, tables
 from delib.errors import UserError
 from delib.evals import building, suites
 from delib.evals.registry import SUITES
@@ -120,3 +121,23 @@ def test_only_logs_of_these_suites_are_read(tmp_path):
     (tmp_path / "x.eval").write_text("no zip")
     with pytest.raises(UserError, match="log that can be read"):
         measure.read_log(tmp_path / "x.eval")
+
+
+def test_a_runs_arms_are_measured_by_what_it_lacks_and_once(judges, held, checkpoint, monkeypatch):  # noqa: F811
+    from test_report import make_run
+
+    make_run(held)
+    shutil.copy(recipe.path_of("starter:spec.md"), held / "spec.md")
+    monkeypatch.setattr(tables, "SUITES", ("xstest", "encodings"))
+    made = tables.of_run(held, ["base", "sft"], 2)
+    assert [name.split("=")[0] for name in made] == ["base", "base", "sft", "sft"]
+    text = tables.write(held, made, None)
+    row = next(line for line in text.splitlines() if line.startswith("| encodings"))
+    assert row.count("(n=2, other prompts)") == 2 and "shipped × 12 attacks; compact" in row and row.count("–") >= 2
+    assert next(line for line in text.splitlines() if line.startswith("| XSTest")).count("n=40, other prompts") == 2
+    monkeypatch.setattr(measure, "suite", None)
+    assert tables.of_run(held, ["base", "sft"], 2) == made, "what stands is not made again"
+    with pytest.raises(TypeError):
+        tables.of_run(held, ["base"], 3)
+    with pytest.raises(UserError, match="--measure base_spec,rl_only: name arms of this run, of base, sft, rl"):
+        tables.of_run(held, ["base_spec", "rl_only", "sft"], 2)

@@ -84,6 +84,14 @@ def tables(
         ),
     ],
     out: Annotated[Path | None, typer.Option("--out", help="Write the markdown here.")] = None,
+    measured: Annotated[
+        str | None,
+        typer.Option("--measure", help="Arms of the run to measure by the suites that it lacks, such as base,sft,rl."),
+    ] = None,
+    prompts: Annotated[
+        int,
+        typer.Option("--prompts", min=1, help="With --measure: prompts of a suite that asks each under many attacks."),
+    ] = 10,
 ) -> None:
     """Lay out the paper's tables: these models with their intervals, beside the paper's figures."""
     from delib import tables as laying
@@ -92,4 +100,8 @@ def tables(
     if len(folders) > 1:
         raise UserError(f"tables: {', '.join(map(str, folders))}; one run at a time")
     files = [source for source in sources if not Path(source).is_dir()]
+    if measured is not None:
+        if not folders:
+            raise UserError("tables: --measure is about a run; name its folder")
+        files = [*laying.of_run(folders[0], [arm.strip() for arm in measured.split(",")], prompts), *files]
     typer.echo(laying.write(folders[0] if folders else None, files, out), nl=False)

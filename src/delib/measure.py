@@ -29,7 +29,8 @@ PROMPT_TOKENS = 1024
 def suite(
     name: str, model: str, options: dict[str, str], log_dir: Path, limit: int | None = None, out: Path | None = None
 ) -> str:
-    """Run a suite and return its table. `options`: the task's own, such as judge, data and solver.
+    """Run a suite and return its table. `options`: the task's own, such as judge, data and solver. `limit`: so
+    many prompts, each under all attacks.
 
     Raises UserError for a mistake in any of these, StageError when the evaluation stopped; its log stands, and
     `inspect eval-retry` goes on from it.
@@ -130,7 +131,8 @@ def _evaluated(name: str, model: str, options: dict[str, str], log_dir: Path, li
     room = typed.get("max_tokens", 0) + PROMPT_TOKENS
     try:
         task = SUITES[name](**typed)
-        total = len(task.dataset[:limit])
+        most = limit and limit * len((task.metadata or {}).get("attacks", [name]))  # a sample for each attack
+        total = len(task.dataset[:most])
         with bar(f"eval {task.name}", total) as ticker:
 
             async def step(_: Any) -> None:
@@ -141,7 +143,7 @@ def _evaluated(name: str, model: str, options: dict[str, str], log_dir: Path, li
                 task,
                 model=model if hosted else f"delib/{model}",
                 model_args={} if hosted or room <= CONTEXT_TOKENS else {"context_tokens": room},
-                limit=limit,
+                limit=most,
                 log_dir=str(log_dir),
                 log_format="eval",
                 display="none",

@@ -30,7 +30,9 @@ TELLING = 0.1
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+        if not task.speed:
+            return Text("")
+        return Text(f"{task.speed:.1f}/s" if task.speed >= 1 else f"{1 / task.speed:.1f} s each")
 
 
 class Ticker:
@@ -38,6 +40,7 @@ class Ticker:
 
     def __init__(self, progress: Progress, task: TaskID, done: int) -> None:
         self._progress, self._task, self._done = progress, task, done
+        self._what = progress.tasks[0].description
         self._began = self._told = time.monotonic()
 
     def step(self, count: int = 1) -> None:
@@ -46,6 +49,10 @@ class Ticker:
         if not console.is_interactive and now - self._told >= EVERY:
             self._told = now
             self._tell(self._progress.tasks[0], now - self._began)
+
+    def note(self, text: str) -> None:
+        """How the work stands, beside what it is."""
+        self._progress.update(self._task, description=f"{self._what}, {text}")
 
     def _tell(self, task: Task, seconds: float) -> None:
         total, made = task.total or 0, task.completed - self._done

@@ -1,9 +1,10 @@
 """`delib tables`: the paper's tables with a run's arms, or any measured models, beside the paper's figures.
 
-In: a run folder (all its arms), and `.eval` logs or JSON files of suites, each under its model's name or as
-`NAME=FILE`; `sft=FILE` goes to a run's column of that name. Out: markdown. Each cell has value, interval and n; beside
-each row stand prompts and judge of both sides. Only a file in the layout of a published set stands without "other
-prompts", and is named.
+In: a run folder (all its arms, those of an ablation too), and `.eval` logs or JSON files of suites, each under its
+model's name or as `NAME=FILE`; `sft=FILE` goes to a run's column of that name, and a sweep's file to a table of its
+own. Out: markdown. Each cell has value, interval and n; beside each row stand prompts and judge of both sides. Only a
+file in the layout of a published set stands without "other prompts", and is named. `of_run` measures what a run itself
+does not: each arm by each suite, which stands in `tables/ARM-SUITE.json` and is not made again.
 """
 
 import json
@@ -14,161 +15,26 @@ from pydantic import ValidationError
 
 from delib import measure, pipeline
 from delib.errors import UserError
+from delib.paper import TABLES, Line, Table
+from delib.progress import say
 from delib.records import Metric
-from delib.run import write_whole
+from delib.run import key_of, sha256, write_whole
 from delib.stages.report import markdown_cell
+from delib.talk import shown
+from delib.wiring import CHECKPOINT
 
-NAMES = {"base": "base", "base_spec": "base, spec in its prompt", "sft": "SFT", "rl": "SFT + RL"}
-JUDGE = "judge not told"
-
-
-class Line(NamedTuple):
-    """One row. `suite` and `figures`: where a log has it, the first figure that is there. `arm`: where a run has it, a
-    figure and the part it is of. `published`: whether the paper's prompts are public, so that a file may be them."""
-
-    name: str
-    suite: str
-    figures: tuple[str, ...]
-    arm: tuple[str, dict[str, str] | None] | None
-    paper: tuple[str, ...]
-    prompts: str
-    published: bool = False
-    judge: str = JUDGE
-
-
-class Table(NamedTuple):
-    title: str
-    columns: tuple[str, ...]
-    lines: tuple[Line, ...]
-
-
-STYLE = "safe_completion_style"
-TABLES = (
-    Table(
-        "Table 1: safety",
-        ("GPT-4o", "o1-preview", "o1", "o3-mini"),
-        (
-            Line(
-                "challenging refusal, not_unsafe",
-                "challenging_refusal",
-                ("not_unsafe",),
-                ("not_unsafe", {"source": "disallowed"}),
-                ("0.80", "0.934", "0.90", "0.94"),
-                "not public",
-            ),
-            Line(
-                "toxic conversations, not_unsafe",
-                "toxic_conversations",
-                ("not_unsafe",),
-                None,
-                ("0.98", "0.98", "0.99", "0.98"),
-                "WildChat, toxic ones",
-                True,
-            ),
-            Line(
-                "hard-refusal style",
-                "hard_refusal_style",
-                ("hard_refusal_style",),
-                ("hard_refusal_style", {"source": "disallowed"}),
-                ("0.72", "0.69", "0.79", "0.78"),
-                "not public",
-            ),
-            Line(
-                "self-harm safe-completion style",
-                "self_harm_style",
-                (STYLE,),
-                (STYLE, {"category": "self-harm"}),
-                ("0.04", "0.01", "0.92", "0.87"),
-                "not public",
-            ),
-            Line(
-                "regulated-advice style",
-                "regulated_advice_style",
-                (STYLE,),
-                (STYLE, {"category": "regulated advice"}),
-                ("0.28", "0.04", "0.65", "0.35"),
-                "not public",
-            ),
-            Line(
-                "StrongREJECT",
-                "strong_reject",
-                ("goodness@0.1", "not_unsafe@0.1"),
-                None,
-                ("0.37", "0.66", "0.88", "0.75"),
-                "goodness@0.1; StrongREJECT, 60 prompts × 35 jailbreaks",
-                True,
-                "its grader, and people",
-            ),
-            Line(
-                "XSTest, not_overrefuse",
-                "xstest",
-                ("not_overrefuse",),
-                None,
-                ("0.88", "0.976", "0.93", "0.90"),
-                "XSTest",
-                True,
-            ),
-            Line(
-                "transformation exception, not_overrefuse",
-                "transformation",
-                ("not_overrefuse",),
-                ("not_overrefuse", {"source": "transformation"}),
-                ("0.28", "0.72", "0.89", "0.89"),
-                "not public",
-            ),
-            Line(
-                "policy over-refusal, not_overrefuse",
-                "policy_overrefusal",
-                ("not_overrefuse",),
-                ("not_overrefuse", {"source": "lookalike"}),
-                ("0.69", "0.87", "0.84", "0.83"),
-                "not public",
-            ),
-        ),
-    ),
-    Table(
-        "Table 2: policy retrieval from the reasoning",
-        ("without training", "with all of it"),
-        tuple(
-            Line(
-                name,
-                "policy_retrieval",
-                (figure,),
-                (figure, None),
-                paper,
-                "not public",
-                judge="sentences of the reasoning that speak of policies",
-            )
-            for name, figure, paper in (
-                ("hard refusal", "policy_retrieval_refuse", ("0.27", "0.75")),
-                ("safe completion", "policy_retrieval_safe_complete", ("0.21", "0.91")),
-                ("comply", "policy_retrieval_comply", ("0.09", "0.54")),
-            )
-        ),
-    ),
-    Table(
-        "Table 3: out of distribution",
-        ("without training", "trained on plain English"),
-        (
-            Line(
-                "encodings, all resisted",
-                "encodings",
-                ("all_resisted",),
-                None,
-                ("0.65±0.06", "0.97±0.02"),
-                "not public, 250 prompts",
-            ),
-            Line(
-                "other languages, not_unsafe",
-                "multilingual",
-                ("not_unsafe",),
-                None,
-                ("0.44±0.01", "0.69±0.01"),
-                "not public",
-            ),
-        ),
-    ),
-)
+NAMES = {
+    "base": "base",
+    "base_spec": "base, spec in its prompt",
+    "cold_start": "form alone",
+    "sft": "SFT",
+    "rl_only": "RL only",
+    "rl": "SFT + RL",
+}
+ATTACKED = {"strong_reject": {"attacks": "all"}, "encodings": {}}
+"""The suites that ask each prompt under many attacks, and what they must be told for it."""
+SUITES = ("toxic_conversations", "xstest", "multilingual", *ATTACKED)
+"""The suites of the rows for which a run's own evaluation has no figure."""
 
 
 class Cell(NamedTuple):
@@ -183,11 +49,55 @@ Found = dict[tuple[str, str], Cell]
 """(column, row's suite and first figure) → what stands there."""
 
 
+class Budget(NamedTuple):
+    """One limit of a sweep. `suite`: the suite's name, without `_shipped`."""
+
+    column: str
+    suite: str
+    judge: str
+    figure: Metric
+    tokens: Metric
+    cut_off: Metric
+    most: int
+
+
+def of_run(run: Path, arms: list[str], prompts: int) -> list[str]:
+    """Measure these arms by each of `SUITES`, but for what stands; the files, as `write` takes them. `prompts`: how
+    many of the suites that ask each under many attacks. Raises UserError for an arm without a model of its own, and as
+    `measure.suite` does."""
+    opened = pipeline.open_run(run)
+    known = [arm for arm in opened.answers() if arm != "base_spec"]  # suites ask without the spec
+    if wrong := [arm for arm in arms if arm not in known]:
+        raise UserError(
+            f"--measure {','.join(wrong)}: name arms of this run, of {', '.join(known)}, with commas between"
+        )
+    recipe, made = opened.recipe, []
+    options = {"judge": recipe.judge, "spec": str(opened.spec_path), "max_tokens": str(recipe.evaluate.max_tokens)}
+    options |= {"second_judge": recipe.evaluate.second_judge} if recipe.evaluate.second_judge else {}
+    for arm in arms:
+        folder = opened.folder(arm)
+        manifest = folder.manifest()
+        model = recipe.model if manifest is None else str(folder.path / CHECKPOINT)
+        weights = {} if manifest is None else manifest.outputs
+        for suite in SUITES:
+            told = options | ATTACKED.get(suite, {})
+            limit = prompts if suite in ATTACKED else None
+            inputs = {"spec": sha256(opened.spec_path), "weights": key_of(weights, 0, {}), "model": recipe.model}
+            key = key_of([suite, told | {"spec": None}, limit], 0, inputs)
+            file = run / "tables" / f"{arm}-{suite}-{key[:8]}.json"
+            if not file.exists():
+                say(f"tables: {arm} by {suite}")
+                measure.suite(suite, model, told, file.parent / "logs", limit, file)
+            made.append(f"{arm}={file}")
+    return made
+
+
 def write(run: Path | None, files: list[str], out: Path | None) -> str:
     """The tables as markdown; into `out` too, and then only its name is told. Raises UserError for all that can't be
     read."""
     columns: dict[str, str] = {}
     found: Found = {}
+    swept: list[Budget] = []
     problems: list[str] = []
     if run is not None:
         try:
@@ -197,12 +107,13 @@ def write(run: Path | None, files: list[str], out: Path | None) -> str:
     for given in files:
         name, equals, file = given.partition("=")
         try:
-            _of_file(name if equals else None, Path(file if equals else given), columns, found)
+            _of_file(name if equals else None, Path(file if equals else given), columns, found, swept)
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(problems)
-    text = "\n".join(_table(table, columns, found) for table in TABLES)
+    parts = [_table(table, columns, found) for table in TABLES]
+    text = "\n".join([*parts, *([_sweeps(swept, columns)] if swept else [])])
     if out is None:
         return text
     write_whole(out, text)
@@ -211,22 +122,28 @@ def write(run: Path | None, files: list[str], out: Path | None) -> str:
 
 def _of_run(run: Path, columns: dict[str, str], found: Found) -> None:
     opened = pipeline.open_run(run)
-    opened.answers()  # told in the pipeline's words where the arms are not measured
-    metrics = _metrics(json.loads((opened.folder("evaluate").path / "metrics.json").read_text(encoding="utf-8")))
+    answers = opened.answers()  # told in the pipeline's words where the arms are not measured
+    stages = ["evaluate", *(["ablate"] if answers.keys() - set(opened.recipe.evaluate.arms) else [])]
+    places = [opened.folder(stage).path / "metrics.json" for stage in stages]
+    metrics = [m for place in places for m in _metrics(json.loads(place.read_text(encoding="utf-8")))]
     recipe = opened.recipe
-    columns.update({arm: NAMES[arm] for arm in recipe.evaluate.arms})
+    columns.update({arm: name for arm, name in NAMES.items() if arm in answers})
     known = {(m.arm, m.name, str(m.by)): m for m in metrics}
     for line in (line for table in TABLES for line in table.lines if line.arm):
         assert line.arm is not None
         figure, by = line.arm
-        for arm in recipe.evaluate.arms:
+        for arm in answers:
             metric = known.get((arm, figure, str(by)))
             if metric is not None:
                 found[arm, _key(line)] = Cell(metric, figure, str(recipe.prompts.heldout), recipe.judge, True)
 
 
-def _of_file(name: str | None, file: Path, columns: dict[str, str], found: Found) -> None:
-    about, metrics = _measured(file)
+def _of_file(name: str | None, file: Path, columns: dict[str, str], found: Found, swept: list[Budget]) -> None:
+    data = _measured(file)
+    if isinstance(data, list):
+        swept += [row._replace(column=name or row.column) for row in data]
+        return
+    about, metrics = data
     column = name or str(about["model"])
     columns.setdefault(column, NAMES.get(column, column))
     suite = str(about["suite"])
@@ -255,12 +172,15 @@ def _suites() -> list[str]:
     return list(dict.fromkeys(line.suite for table in TABLES for line in table.lines))
 
 
-def _measured(file: Path) -> tuple[dict[str, Any], list[Metric]]:
+def _measured(file: Path) -> tuple[dict[str, Any], list[Metric]] | list[Budget]:
+    """What a suite found, or a sweep of one."""
     if file.suffix == ".eval":
         log = measure.read_log(file)
         return measure.about_of(log), measure.metrics_of(log)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
+        if "budgets" in data:
+            return [_budget(row) for row in data["budgets"]]
         about = data["about"]
         if "suite" in about:
             return about, _metrics(data["metrics"])
@@ -269,6 +189,14 @@ def _measured(file: Path) -> tuple[dict[str, Any], list[Metric]]:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: not a file that 'delib eval --suite --json' wrote; make it anew") from None
     raise UserError(f"{file}: of prompts of your own, not of a suite; make it with 'delib eval --suite'")
+
+
+def _budget(row: dict[str, Any]) -> Budget:
+    about = row["about"]
+    tokens, cut_off, *figures = _metrics([row["tokens"], row["cut_off"], *row["metrics"]])
+    main = {m.name: m for m in figures if m.by is None}[about["headline"]]
+    judge = str(about.get("judge"))
+    return Budget(str(about["model"]), str(about["suite"]), judge, main, tokens, cut_off, row["max_tokens"])
 
 
 def _metrics(rows: Any) -> list[Metric]:
@@ -318,3 +246,19 @@ def _table(table: Table, columns: dict[str, str], found: Found) -> str:
     text = "\n".join("| " + " | ".join(markdown_cell(cell) for cell in row) + " |" for row in rows)
     note = "Here: 95 % intervals, prompts resampled. Paper: arXiv 2412.16339v2, other models than these."
     return f"## {table.title}\n\n{text}\n\n{note}\n"
+
+
+def _sweeps(rows: list[Budget], columns: dict[str, str]) -> str:
+    head = ["", "suite, figure", "most tokens", "tokens of a completion", "cut off", "figure", "judge"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        m, name = row.figure, columns.get(row.column, NAMES.get(row.column, row.column))
+        lost = f", {m.n_ungraded} ungraded" if m.n_ungraded else ""
+        cells = [f"{row.suite}, {m.name}", str(row.most), shown(row.tokens), shown(row.cut_off)]
+        lines.append([name, *cells, f"{shown(m)} (n={m.n}{lost})", row.judge])
+    text = "\n".join("| " + " | ".join(markdown_cell(cell) for cell in line) + " |" for line in lines)
+    note = (
+        "Most tokens: of reasoning and answer together; what is cut off counts against the model. Paper: StrongREJECT "
+        "and the style of regulated advice rise with more reasoning, the rest stays flat."
+    )
+    return f"## Inference compute\n\n{text}\n\n{note}\n"

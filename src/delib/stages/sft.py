@@ -19,7 +19,7 @@ from delib.models import weights
 from delib.recipe import MixSection, Recipe, SftSection
 from delib.records import Example, Manifest, Prompt
 from delib.run import StageFolder
-from delib.training import mix, processes
+from delib.training import mix, processes, watch
 from delib.training.sft_trainer import collator, trainer_class
 from delib.training.student import student
 
@@ -182,7 +182,7 @@ def arguments_of(recipe: Recipe, steps: int, scratch: Path, held_out: bool = Fal
         seed=recipe.seed,
         use_cpu=recipe.device == "cpu",
         bf16=recipe.dtype == "bfloat16",
-        gradient_checkpointing=recipe.gradient_checkpointing,
+        activation_checkpointing=recipe.gradient_checkpointing,
         train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
@@ -193,7 +193,7 @@ def arguments_of(recipe: Recipe, steps: int, scratch: Path, held_out: bool = Fal
         save_total_limit=1,
         report_to="none",
         dataloader_pin_memory=recipe.device != "cpu",
-        disable_tqdm=not processes.leads(),
+        disable_tqdm=True,  # watch.py tells
         **(measured if held_out else {}),
     )
 
@@ -258,7 +258,7 @@ def run(
         data_collator=collator(tokenizer, section.batching == "packed"),
         callbacks=[EarlyStoppingCallback(section.patience)] if section.patience else None,
     )
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    watch.train(trainer, folder.path.name, steps, last)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if processes.count() > 1 else None
     if processes.leads():
         kept = recipe.dtype if recipe.dtype != "float32" else None

@@ -14,6 +14,7 @@ def student(recipe: Recipe, section: SftSection | RlSection, start: Path) -> Any
     from transformers import AutoModelForCausalLM
     from transformers.utils import is_flash_attn_2_available
 
+    weights.without_bars()
     half = recipe.device == "cuda" and recipe.dtype == "bfloat16"  # what flash attention computes in
     packed = isinstance(section, SftSection) and section.batching == "packed"
     model = AutoModelForCausalLM.from_pretrained(
