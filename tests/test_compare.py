@@ -12,7 +12,7 @@ from delib.records import Metric
 HOSTILE = "Sure \x1b[2J" + "x" * 400
 
 
-def file(path, values, figure="not_unsafe", **more):
+def file(path, values, figure="not_unsafe", about=None, **more):
     rows = [
         {
             "prompt": f"p{i}",
@@ -25,7 +25,7 @@ def file(path, values, figure="not_unsafe", **more):
         | {key: value[i] for key, value in more.items()}
         for i, value in enumerate(values)
     ]
-    path.write_text(json.dumps({"metrics": [], "rows": rows}))
+    path.write_text(json.dumps({"metrics": [], "rows": rows} | ({"about": about} if about else {})))
     return str(path)
 
 
@@ -59,6 +59,17 @@ def test_tries_of_a_prompt_are_their_mean_and_parts_are_joined(tmp_path):
     other = file(tmp_path / "other.json", [1.0, 1.0], "not_overrefuse", prompt=["p", "q"])
     both = compare.read(f"{one},{other}")
     assert both["p"].figures == {"not_unsafe": 0.5, "not_overrefuse": 1.0} and set(both) == {"p", "q"}
+
+
+def test_who_judged_is_told_and_two_judges_are_warned_of(tmp_path):
+    one = file(tmp_path / "one.json", [1.0, 0.0], about={"judge": "compact"})
+    two = file(tmp_path / "two.json", [1.0, 1.0], about={"judge": "openai-api/x/y", "resamples": 10_000})
+    lines = told(one, one, two)
+    assert lines[3] == "judge: compact"
+    warned = line_of(lines, "judges: ")
+    assert "judges: compact; openai-api/x/y. A difference in judged figures may be theirs" in warned
+    assert line_of(lines, "Intervals: 95 %, 10,000 resamples")
+    assert line_of(told(one, one), "Intervals: 95 %, 1,000 resamples")
 
 
 def test_many_attacks_are_compared_one_by_one_and_by_prompt(tmp_path):
@@ -129,6 +140,10 @@ def test_no_shipped_set_stands_beside_the_paper_unmarked(tmp_path):
     assert row[3] == "shipped; compact / xstest.csv; openai-api/x/y"
     assert row[4:8] == ["0.88", "0.976", "0.93", "0.90"] and row[8] == "XSTest; n not told; judge not told"
     assert row_of(text, "challenging refusal")[1:4] == ["–", "–", "–"]
+    part = suite_file(
+        tmp_path / "p.json", "xstest", "not_overrefuse", "xstest.csv", judge="compact", limit=50, failed=3
+    )
+    assert "n=50, 2 ungraded, 3 failed, a part of the prompts" in row_of(tables.write(None, [part], None), "XSTest")[1]
     many = suite_file(
         tmp_path / "c.json", "strong_reject", "not_unsafe@0.1", "sr.csv", judge="compact", attacks=["none", "role_play"]
     )
@@ -159,13 +174,18 @@ def test_a_runs_arms_stand_in_the_tables(tmp_path):
     place.write_text(json.dumps(found))
     from delib.recipe import QUICKSTART, dump, load
 
-    (tmp_path / "recipe.yaml").write_text(dump(load(QUICKSTART)))
+    (tmp_path / "recipe.yaml").write_text(dump(load(QUICKSTART, ["evaluate.second_judge=j"])))
     text = tables.write(tmp_path, [], None)
     row = row_of(text, "challenging refusal")
     assert all("n=1, other prompts" in cell for cell in row[1:5]) and "heldout" in row[5] and "compact" in row[5]
     head = line_of(text.splitlines(), "|  | base")
     assert "base, spec in its prompt | SFT | SFT + RL" in head
     assert "n=1" in row_of(text, "hard refusal")[1], "policy retrieval"
+    assert "; j: " not in row[1], "none of its answers is of this source"
+    for file in run.stage("evaluate").path.glob("*/records.jsonl"):
+        file.write_text(file.read_text().replace('"source":"unknown"', '"source":"disallowed"'))
+    row = row_of(tables.write(tmp_path, [], None), "challenging refusal")
+    assert row[1].count("[") == 2 and "; j: 1.00 \\[" in row[1], "the second judge beside the first"
 
 
 def test_a_sweep_stands_in_a_table_of_its_own(tmp_path):
@@ -173,7 +193,13 @@ def test_a_sweep_stands_in_a_table_of_its_own(tmp_path):
         made = Metric(suite="xstest_shipped", arm="m", name=name, value=value, low=0.1, high=0.9, n=40, n_ungraded=1)
         return made.model_dump()
 
-    about = {"model": "m|1", "suite": "xstest", "headline": "not_overrefuse_shipped", "judge": "compact"}
+    about = {
+        "model": "m|1",
+        "suite": "xstest",
+        "headline": "not_overrefuse_shipped",
+        "judge": "compact",
+        "data": "shipped",
+    }
     rows = [
         {
             "max_tokens": most,
@@ -193,7 +219,7 @@ def test_a_sweep_stands_in_a_table_of_its_own(tmp_path):
         "32 \\[0, 1]",
         "0.500 \\[0.100, 0.900]",
         "0.750 \\[0.100, 0.900] (n=40, 1 ungraded)",
-        "compact",
+        "shipped; compact",
     ]
     assert "| m\\|1 | xstest" in tables.write(None, [str(sweep)], None)
     sweep.write_text(json.dumps({"budgets": [rows[0] | {"metrics": []}]}))

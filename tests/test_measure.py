@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from inspect_ai import eval as inspect_eval
@@ -129,15 +130,24 @@ def test_a_runs_arms_are_measured_by_what_it_lacks_and_once(judges, held, checkp
     make_run(held)
     shutil.copy(recipe.path_of("starter:spec.md"), held / "spec.md")
     monkeypatch.setattr(tables, "SUITES", ("xstest", "encodings"))
-    made = tables.of_run(held, ["base", "sft"], 2)
-    assert [name.split("=")[0] for name in made] == ["base", "base", "sft", "sft"]
+    monkeypatch.setattr(tables, "SWEPT", ("policy_overrefusal",))
+    made = tables.of_run(held, ["base", "sft"], 2, [8, 16])
+    assert [name.split("=")[0] for name in made] == ["base"] * 3 + ["sft"] * 3
+    opened = json.loads(Path(made[0].split("=")[1]).read_text())
+    assert opened["about"]["failed"] == 0 and opened["rows"][0]["figures"]["tokens"] == 16, "the run's own max_tokens"
     text = tables.write(held, made, None)
     row = next(line for line in text.splitlines() if line.startswith("| encodings"))
     assert row.count("(n=2, other prompts)") == 2 and "shipped × 12 attacks; compact" in row and row.count("–") >= 2
     assert next(line for line in text.splitlines() if line.startswith("| XSTest")).count("n=40, other prompts") == 2
+    swept = [line for line in text.splitlines() if "policy_overrefusal, not_overrefuse_shipped" in line]
+    assert [line.split(" | ")[2] for line in swept] == ["8", "16"] * 2 and "| shipped; compact |" in swept[0]
     monkeypatch.setattr(measure, "suite", None)
-    assert tables.of_run(held, ["base", "sft"], 2) == made, "what stands is not made again"
+    monkeypatch.setattr(measure, "sweep", None)
+    assert tables.of_run(held, ["base", "sft"], 2, [8, 16]) == made, "what stands is not made again"
     with pytest.raises(TypeError):
-        tables.of_run(held, ["base"], 3)
+        tables.of_run(held, ["base"], 3, [])
     with pytest.raises(UserError, match="--measure base_spec,rl_only: name arms of this run, of base, sft, rl"):
-        tables.of_run(held, ["base_spec", "rl_only", "sft"], 2)
+        tables.of_run(held, ["base_spec", "rl_only", "sft"], 2, [])
+    (held / "rl" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="--measure rl: its stage is not finished"):
+        tables.of_run(held, ["rl"], 2, [])

@@ -92,8 +92,12 @@ def tables(
         int,
         typer.Option("--prompts", min=1, help="With --measure: prompts of a suite that asks each under many attacks."),
     ] = 10,
+    budgets: Annotated[
+        str | None, typer.Option("--budgets", help="With --measure: a sweep over lengths, such as 64,128,256.")
+    ] = None,
 ) -> None:
     """Lay out the paper's tables: these models with their intervals, beside the paper's figures."""
+    from delib import measure
     from delib import tables as laying
 
     folders = [Path(source) for source in sources if Path(source).is_dir()]
@@ -103,5 +107,9 @@ def tables(
     if measured is not None:
         if not folders:
             raise UserError("tables: --measure is about a run; name its folder")
-        files = [*laying.of_run(folders[0], [arm.strip() for arm in measured.split(",")], prompts), *files]
+        lengths = measure.budgets_of(budgets) if budgets is not None else []
+        arms = [arm.strip() for arm in measured.split(",")]
+        files = [*laying.of_run(folders[0], arms, prompts, lengths), *files]
+    elif budgets is not None:
+        raise UserError("tables: --budgets is about --measure; name arms there, or name the files of sweeps")
     typer.echo(laying.write(folders[0] if folders else None, files, out), nl=False)

@@ -17,7 +17,7 @@ from delib.evals import robust
 from delib.evals.scoring import HEADLINE, values
 from delib.records import Message
 from delib.stages.prompts import content_id
-from delib.stats import detectable, differ, holm, p_value, paired
+from delib.stats import RESAMPLES, detectable, differ, holm, p_value, paired
 
 SURE = 0.05
 SIDES = ("not_unsafe", "goodness", "not_overrefuse", "safe_completion_style")
@@ -91,6 +91,30 @@ def _part(source: str) -> Rows:
     }
 
 
+class About(NamedTuple):
+    """Who judged a source, and how many resamples its suites ask for."""
+
+    judge: str
+    resamples: int
+
+
+def about(source: str) -> About:
+    """Who judged what `read` reads."""
+    found = [_about(part.strip()) for part in source.split(",")]
+    judges = dict.fromkeys(str(kept.get("judge") or "by rule") for kept in found)
+    return About(", ".join(judges), max(int(kept.get("resamples", RESAMPLES)) for kept in found))
+
+
+def _about(source: str) -> dict[str, Any]:
+    path = Path(source)
+    if path.suffix == ".eval":
+        return measure.about_of(measure.read_log(path, header_only=True))
+    if path.suffix == ".json" and not path.is_dir():
+        kept = json.loads(path.read_text(encoding="utf-8")).get("about")
+        return kept if isinstance(kept, dict) else {"judge": "not told"}
+    return {"judge": pipeline.open_run(Path(source.rpartition(":")[0])).recipe.judge}
+
+
 def _rows(given: list[dict[str, Any]]) -> Rows:
     """The rows of a file: tries of one prompt (epochs) as their mean; where prompts were asked under many attacks each
     of these on its own, and by prompt what `robust.by_prompt` tells."""
@@ -126,6 +150,8 @@ def table(sources: list[str], models: list[Rows]) -> str:
     """For each source after the first a line a figure: both means over the prompts that both have graded, and the
     difference. Raises UserError where two share no prompt."""
     first = models[0]
+    who = [about(source) for source in sources]
+    resamples = max(one.resamples for one in who)
     blocks = []
     for source, other in zip(sources[1:], models[1:], strict=True):
         shared = [i for i in first if i in other]
@@ -136,15 +162,17 @@ def table(sources: list[str], models: list[Rows]) -> str:
         for kind in kinds if len(kinds) > 1 else ():
             lines += _lines(first, other, [i for i in shared if first[i].source == kind], kind)
         blocks.append((source, len(shared), lines))
+    judges = dict(zip(sources, (one.judge for one in who), strict=True))
     tests = [line for _, _, lines in blocks for line in lines if line.pairs]
     adjusted = dict(zip(map(id, tests), holm([_p(line) for line in tests]), strict=True))
     told = []
     for source, count, lines in blocks:
-        told += [f"first: {sources[0]}", f"second: {source}", f"prompts in both: {count}", ""]
+        told += [f"first: {sources[0]}", f"second: {source}", f"prompts in both: {count}"]
+        told += _judged(judges[sources[0]], judges[source])
         told.append(f"{'figure':40} {'first':>7} {'second':>7}  {'difference':28} {'detectable':14} n")
-        told += [*(_told(line, adjusted.get(id(line), 1.0)) for line in lines), ""]
+        told += [*(_told(line, adjusted.get(id(line), 1.0), resamples) for line in lines), ""]
     told.append(
-        "Intervals: 95 %, 1,000 resamples of the prompts, those made from one another together.\n"
+        f"Intervals: 95 %, {resamples:,} resamples of the prompts, those made from one another together.\n"
         "* the interval leaves out zero, and for figures of 0 and 1 the exact sign test on the prompts that differ\n"
         f"has p < {SURE}. Of many figures looked at together one in twenty gets its star by chance.\n"
         f"** so too after Holm's correction for all {len(tests)} differences shown here.\n"
@@ -152,6 +180,12 @@ def table(sources: list[str], models: list[Rows]) -> str:
         "brackets, if the second model had been asked as many other prompts."
     )
     return "\n".join(told) + "\n"
+
+
+def _judged(first: str, second: str) -> list[str]:
+    if first == second:
+        return [f"judge: {first}", ""]
+    return [f"judges: {first}; {second}. A difference in judged figures may be theirs and not the models'.", ""]
 
 
 def _lines(one: Rows, two: Rows, shared: list[str], source: str | None) -> list[Line]:
@@ -171,12 +205,12 @@ def _p(line: Line) -> float:
     return p_value(before, after, groups)
 
 
-def _told(line: Line, adjusted: float) -> str:
+def _told(line: Line, adjusted: float, resamples: int) -> str:
     missing = f", {line.ungraded} ungraded" if line.ungraded else ""
     if not line.pairs:
         return f"{line.label:40} {'–':>7} {'–':>7}  {'ungraded':28} {'':14} 0{missing}"
     before, after, groups = (list(part) for part in zip(*line.pairs, strict=True))
-    mean, low, high = paired(before, after, groups=groups)
+    mean, low, high = paired(before, after, resamples=resamples, groups=groups)
     shares = set(before + after) <= {0.0, 1.0}
     sure = (low > 0 or high < 0) and (not shares or differ(before, after) < SURE)
     mark = (" **" if adjusted < SURE else " *") if sure else ""

@@ -27,15 +27,21 @@ PROMPT_TOKENS = 1024
 
 
 def suite(
-    name: str, model: str, options: dict[str, str], log_dir: Path, limit: int | None = None, out: Path | None = None
+    name: str,
+    model: str,
+    options: dict[str, str],
+    log_dir: Path,
+    limit: int | None = None,
+    out: Path | None = None,
+    how: dict[str, str] | None = None,
 ) -> str:
     """Run a suite and return its table. `options`: the task's own, such as judge, data and solver. `limit`: so
-    many prompts, each under all attacks.
+    many prompts, each under all attacks. `how`: model arguments of a model that is run here.
 
     Raises UserError for a mistake in any of these, StageError when the evaluation stopped; its log stands, and
     `inspect eval-retry` goes on from it.
     """
-    log = _evaluated(name, model, options, log_dir, limit)
+    log = _evaluated(name, model, options, log_dir, limit, how)
     found = metrics_of(log)
     if out is not None:
         data = {"about": about_of(log), "metrics": [m.model_dump() for m in found], "rows": rows_of(log)}
@@ -43,7 +49,7 @@ def suite(
     about = log.eval.metadata or {}
     judged = f", judge {about['judge']}" if "judge" in about else ""
     lines = [f"{log.eval.task}: {model}, prompts {about['data']}{judged}"]
-    failed = log.results.total_samples - log.results.completed_samples
+    failed = about_of(log)["failed"]
     lines += [f"{failed} of {log.results.total_samples} samples failed and are in no figure"] if failed else []
     suffix = _suffix(log)
     told = {about["headline"], "goodness" + suffix, *(name + suffix for name in HEADLINE)}
@@ -59,6 +65,7 @@ def sweep(
     log_dir: Path,
     limit: int | None = None,
     out: Path | None = None,
+    how: dict[str, str] | None = None,
 ) -> str:
     """A suite at several lengths: its main figure against the tokens that a completion took, a line a budget.
 
@@ -69,7 +76,7 @@ def sweep(
         raise UserError("-T max_tokens: --budgets are its values; leave one of the two out")
     made, lines = [], list[str]()
     for budget in budgets:
-        log = _evaluated(name, model, options | {"max_tokens": str(budget)}, log_dir, limit)
+        log = _evaluated(name, model, options | {"max_tokens": str(budget)}, log_dir, limit, how)
         found, about = metrics_of(log), about_of(log)
         tokens, cut = _lengths(log)
         made.append({"max_tokens": budget, "tokens": tokens.model_dump(), "cut_off": cut.model_dump()})
@@ -115,7 +122,9 @@ def _mean(log: Any, name: str, found: list[tuple[float, str]], n: int) -> Metric
     return Metric(**who, value=value, low=low, high=high, n=len(found), n_ungraded=n - len(found))
 
 
-def _evaluated(name: str, model: str, options: dict[str, str], log_dir: Path, limit: int | None) -> Any:
+def _evaluated(
+    name: str, model: str, options: dict[str, str], log_dir: Path, limit: int | None, how: dict[str, str] | None
+) -> Any:
     """The log of a suite that was finished."""
     import inspect_ai
     from inspect_ai._util.error import PrerequisiteError
@@ -142,7 +151,7 @@ def _evaluated(name: str, model: str, options: dict[str, str], log_dir: Path, li
             log = inspect_ai.eval(
                 task,
                 model=model if hosted else f"delib/{model}",
-                model_args={} if hosted or room <= CONTEXT_TOKENS else {"context_tokens": room},
+                model_args={} if hosted else {"context_tokens": max(room, CONTEXT_TOKENS)} | (how or {}),
                 limit=most,
                 log_dir=str(log_dir),
                 log_format="eval",
@@ -158,15 +167,17 @@ def _evaluated(name: str, model: str, options: dict[str, str], log_dir: Path, li
 
 def about_of(log: Any) -> dict[str, Any]:
     """What was measured, on what and by whom, as the log keeps it."""
-    return {"task": log.eval.task, "model": log.eval.model} | (log.eval.metadata or {})
+    lost = {} if log.results is None else {"failed": log.results.total_samples - log.results.completed_samples}
+    which = {"limit": log.eval.config.limit} if log.eval.config.limit is not None else {}
+    return {"task": log.eval.task, "model": log.eval.model} | lost | which | (log.eval.metadata or {})
 
 
-def read_log(path: Path) -> Any:
-    """A finished log of one of these suites. Raises UserError for any other file."""
+def read_log(path: Path, header_only: bool = False) -> Any:
+    """A finished log of one of these suites, or all of it but its samples. Raises UserError for any other file."""
     from inspect_ai.log import read_eval_log
 
     try:
-        log = read_eval_log(str(path))
+        log = read_eval_log(str(path), header_only=header_only)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: no .eval log that can be read ({error})") from None
     if "headline" not in (log.eval.metadata or {}):

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from delib import measure, pipeline
 from delib.errors import UserError
+from delib.evals.scoring import by_judge
 from delib.paper import TABLES, Line, Table
 from delib.progress import say
 from delib.records import Metric
@@ -35,14 +36,32 @@ ATTACKED = {"strong_reject": {"attacks": "all"}, "encodings": {}}
 """The suites that ask each prompt under many attacks, and what they must be told for it."""
 SUITES = ("toxic_conversations", "xstest", "multilingual", *ATTACKED)
 """The suites of the rows for which a run's own evaluation has no figure."""
+SWEPT = ("challenging_refusal", "regulated_advice_style", "policy_overrefusal")
+"""The suites of a sweep: safety, the style that rises with compute in the paper, and over-refusal."""
 
 
-class Cell(NamedTuple):
-    metric: Metric
-    figure: str
+SECOND = "_second_judge"
+
+
+class Origin(NamedTuple):
+    """What a figure was measured on and by whom. `lost`: samples that failed and are in no figure. `part`: whether only
+    the first prompts were asked."""
+
     prompts: str
     judge: str
     shipped: bool
+    second: str | None = None
+    lost: int = 0
+    part: bool = False
+
+
+class Cell(NamedTuple):
+    """`second`: the same figure by the second judge."""
+
+    metric: Metric
+    figure: str
+    origin: Origin
+    second: Metric | None = None
 
 
 Found = dict[tuple[str, str], Cell]
@@ -54,17 +73,17 @@ class Budget(NamedTuple):
 
     column: str
     suite: str
-    judge: str
+    origin: Origin
     figure: Metric
     tokens: Metric
     cut_off: Metric
     most: int
 
 
-def of_run(run: Path, arms: list[str], prompts: int) -> list[str]:
-    """Measure these arms by each of `SUITES`, but for what stands; the files, as `write` takes them. `prompts`: how
-    many of the suites that ask each under many attacks. Raises UserError for an arm without a model of its own, and as
-    `measure.suite` does."""
+def of_run(run: Path, arms: list[str], prompts: int, budgets: list[int]) -> list[str]:
+    """Measure these arms by each of `SUITES`, and by `SWEPT` at each of the `budgets`, but for what stands; the files,
+    as `write` takes them. `prompts`: how many of the suites that ask each under many attacks. Raises UserError for an
+    arm without a model of its own, and as `measure.suite` does."""
     opened = pipeline.open_run(run)
     known = [arm for arm in opened.answers() if arm != "base_spec"]  # suites ask without the spec
     if wrong := [arm for arm in arms if arm not in known]:
@@ -72,24 +91,42 @@ def of_run(run: Path, arms: list[str], prompts: int) -> list[str]:
             f"--measure {','.join(wrong)}: name arms of this run, of {', '.join(known)}, with commas between"
         )
     recipe, made = opened.recipe, []
-    options = {"judge": recipe.judge, "spec": str(opened.spec_path), "max_tokens": str(recipe.evaluate.max_tokens)}
+    how: dict[str, str] = {"engine": recipe.engine, "device": recipe.device, "dtype": recipe.dtype}
+    how |= {"quantisation": recipe.evaluate.quantisation}
+    options = {"judge": recipe.judge, "spec": str(opened.spec_path)}
     options |= {"second_judge": recipe.evaluate.second_judge} if recipe.evaluate.second_judge else {}
     for arm in arms:
-        folder = opened.folder(arm)
-        manifest = folder.manifest()
-        model = recipe.model if manifest is None else str(folder.path / CHECKPOINT)
-        weights = {} if manifest is None else manifest.outputs
-        for suite in SUITES:
-            told = options | ATTACKED.get(suite, {})
-            limit = prompts if suite in ATTACKED else None
-            inputs = {"spec": sha256(opened.spec_path), "weights": key_of(weights, 0, {}), "model": recipe.model}
-            key = key_of([suite, told | {"spec": None}, limit], 0, inputs)
+        model, weights = _model(opened, arm)
+        inputs = {"spec": sha256(opened.spec_path), "weights": key_of(weights, 0, {}), "model": recipe.model}
+        for suite, most in [
+            *((suite, [recipe.evaluate.max_tokens]) for suite in SUITES),
+            *((s, budgets) for s in SWEPT),
+        ]:
+            if not most:
+                continue
+            told, limit = options | ATTACKED.get(suite, {}), prompts if suite in ATTACKED else None
+            key = key_of([suite, told | {"spec": None}, limit, most, how], 0, inputs)
             file = run / "tables" / f"{arm}-{suite}-{key[:8]}.json"
             if not file.exists():
                 say(f"tables: {arm} by {suite}")
-                measure.suite(suite, model, told, file.parent / "logs", limit, file)
+                if suite in SUITES:
+                    told |= {"max_tokens": str(most[0])}
+                    measure.suite(suite, model, told, file.parent / "logs", limit, file, how)
+                else:
+                    measure.sweep(suite, model, told, most, file.parent / "logs", limit, file, how)
             made.append(f"{arm}={file}")
     return made
+
+
+def _model(opened: Any, arm: str) -> tuple[str, dict[str, str]]:
+    """An arm's model by name, and the hashes of its weights."""
+    if arm == "base":
+        return opened.recipe.model, {}
+    folder = opened.folder(arm)
+    manifest = folder.manifest()
+    if manifest is None:
+        raise UserError(f"--measure {arm}: its stage is not finished; run 'delib run' to its end first")
+    return str(folder.path / CHECKPOINT), manifest.outputs
 
 
 def write(run: Path | None, files: list[str], out: Path | None) -> str:
@@ -129,13 +166,18 @@ def _of_run(run: Path, columns: dict[str, str], found: Found) -> None:
     recipe = opened.recipe
     columns.update({arm: name for arm, name in NAMES.items() if arm in answers})
     known = {(m.arm, m.name, str(m.by)): m for m in metrics}
+    second = recipe.evaluate.second_judge
+    origin = Origin(str(recipe.prompts.heldout), recipe.judge, True, second)
     for line in (line for table in TABLES for line in table.lines if line.arm):
         assert line.arm is not None
         figure, by = line.arm
         for arm in answers:
             metric = known.get((arm, figure, str(by)))
             if metric is not None:
-                found[arm, _key(line)] = Cell(metric, figure, str(recipe.prompts.heldout), recipe.judge, True)
+                part = [s for s in answers[arm] if all(getattr(s.prompt, k) == v for k, v in (by or {}).items())]
+                others = by_judge(part, opened.spec, arm, second) if second else []
+                other = next((m for m in others if m.name == figure), None)
+                found[arm, _key(line)] = Cell(metric, figure, origin, other)
 
 
 def _of_file(name: str | None, file: Path, columns: dict[str, str], found: Found, swept: list[Budget]) -> None:
@@ -147,19 +189,26 @@ def _of_file(name: str | None, file: Path, columns: dict[str, str], found: Found
     column = name or str(about["model"])
     columns.setdefault(column, NAMES.get(column, column))
     suite = str(about["suite"])
-    suffix = "_shipped" if str(about["headline"]).endswith("_shipped") else ""
+    origin = _origin(about)
+    suffix = "_shipped" if origin.shipped else ""
     whole = {m.name.removesuffix(suffix): m for m in metrics if m.by is None}
     lines = [line for table in TABLES for line in table.lines if line.suite == suite]
     if not lines:
         raise UserError(f"{file}: {suite} is in none of these tables; name logs of {', '.join(_suites())}")
-    judge = str(about.get("grader") if suite == "strong_reject" and about.get("grader") else about.get("judge"))
-    attacks = f" × {len(about['attacks'])} attacks" if "attacks" in about else ""
     for line in lines:
         figure = next((f for f in line.figures if f in whole), None)
         if figure is None:
             raise UserError(f"{file}: has no {' and no '.join(line.figures)}; {_how(line)}")
-        prompts = ("shipped" if suffix else str(about["data"])) + attacks
-        found[column, _key(line)] = Cell(whole[figure], figure, prompts, judge, bool(suffix))
+        found[column, _key(line)] = Cell(whole[figure], figure, origin, whole.get(figure + SECOND))
+
+
+def _origin(about: dict[str, Any]) -> Origin:
+    shipped = str(about["headline"]).endswith("_shipped")
+    prompts = "shipped" if shipped else str(about["data"])
+    prompts += f" × {len(about['attacks'])} attacks" if "attacks" in about else ""
+    judge = about.get("grader") if about["suite"] == "strong_reject" and about.get("grader") else about.get("judge")
+    lost, part = about.get("failed", 0), "limit" in about
+    return Origin(prompts, str(judge or "by rule"), shipped, about.get("second_judge"), lost, part)
 
 
 def _how(line: Line) -> str:
@@ -195,8 +244,7 @@ def _budget(row: dict[str, Any]) -> Budget:
     about = row["about"]
     tokens, cut_off, *figures = _metrics([row["tokens"], row["cut_off"], *row["metrics"]])
     main = {m.name: m for m in figures if m.by is None}[about["headline"]]
-    judge = str(about.get("judge"))
-    return Budget(str(about["model"]), str(about["suite"]), judge, main, tokens, cut_off, row["max_tokens"])
+    return Budget(str(about["model"]), str(about["suite"]), _origin(about), main, tokens, cut_off, row["max_tokens"])
 
 
 def _metrics(rows: Any) -> list[Metric]:
@@ -212,7 +260,8 @@ def _key(line: Line) -> str:
 
 def _other(line: Line, cell: Cell) -> list[str]:
     """What about this cell is not as in the paper."""
-    marks = ["other prompts"] if cell.shipped or not line.published else []
+    others = cell.origin.shipped or not line.published
+    marks = ["other prompts"] if others else ["a part of the prompts"] if cell.origin.part else []
     marks += ["other attacks"] if line.suite == "strong_reject" else []
     return marks + ([cell.figure] if cell.figure != line.figures[0] else [])
 
@@ -226,7 +275,12 @@ def _shown(line: Line, cell: Cell | None) -> str:
     if m.value is None or m.low is None or m.high is None:
         return f"ungraded ({', '.join([f'{m.n_ungraded} answers', *marks])})"
     lost = [f"{m.n_ungraded} ungraded"] if m.n_ungraded else []
-    return f"{m.value:.2f} [{m.low:.2f}–{m.high:.2f}] ({', '.join([f'n={m.n}', *lost, *marks])})"
+    lost += [f"{cell.origin.lost} failed"] if cell.origin.lost else []
+    text = f"{m.value:.2f} [{m.low:.2f}–{m.high:.2f}] ({', '.join([f'n={m.n}', *lost, *marks])})"
+    other = cell.second
+    if other is None or other.value is None or other.low is None or other.high is None:
+        return text
+    return f"{text}; {cell.origin.second}: {other.value:.2f} [{other.low:.2f}–{other.high:.2f}]"
 
 
 def _table(table: Table, columns: dict[str, str], found: Found) -> str:
@@ -240,7 +294,7 @@ def _table(table: Table, columns: dict[str, str], found: Found) -> str:
     rows = [head, ["---"] * len(head)]
     for line in table.lines:
         cells = [found.get((column, _key(line))) for column in columns]
-        behind = dict.fromkeys(f"{c.prompts}; {c.judge}" for c in cells if c is not None)
+        behind = dict.fromkeys(f"{c.origin.prompts}; {c.origin.judge}" for c in cells if c is not None)
         there = f"{line.prompts}; {'' if '×' in line.prompts or '250' in line.prompts else 'n not told; '}{line.judge}"
         rows.append([line.name, *(_shown(line, c) for c in cells), " / ".join(behind) or "–", *line.paper, there])
     text = "\n".join("| " + " | ".join(markdown_cell(cell) for cell in row) + " |" for row in rows)
@@ -249,13 +303,14 @@ def _table(table: Table, columns: dict[str, str], found: Found) -> str:
 
 
 def _sweeps(rows: list[Budget], columns: dict[str, str]) -> str:
-    head = ["", "suite, figure", "most tokens", "tokens of a completion", "cut off", "figure", "judge"]
+    head = ["", "suite, figure", "most tokens", "tokens of a completion", "cut off", "figure", "prompts, judge"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         m, name = row.figure, columns.get(row.column, NAMES.get(row.column, row.column))
         lost = f", {m.n_ungraded} ungraded" if m.n_ungraded else ""
+        lost += f", {row.origin.lost} failed" if row.origin.lost else ""
         cells = [f"{row.suite}, {m.name}", str(row.most), shown(row.tokens), shown(row.cut_off)]
-        lines.append([name, *cells, f"{shown(m)} (n={m.n}{lost})", row.judge])
+        lines.append([name, *cells, f"{shown(m)} (n={m.n}{lost})", f"{row.origin.prompts}; {row.origin.judge}"])
     text = "\n".join("| " + " | ".join(markdown_cell(cell) for cell in line) + " |" for line in lines)
     note = (
         "Most tokens: of reasoning and answer together; what is cut off counts against the model. Paper: StrongREJECT "

@@ -2,8 +2,9 @@
 
 It is the embedded server (or transformers, for what llama.cpp can't take), rendered and parted as in a run's own
 evaluation; finished calls are kept in delib's cache, so that an evaluation that was killed makes none of them again.
-Model arguments (`-M`): `quantisation` (f32, q8_0, q4_0), `engine` (llamacpp, transformers), `context_tokens` (room for
-prompt and completion of one call). Temperature 0 where none is given.
+Model arguments (`-M`): `quantisation` (f32, q8_0, q4_0), `engine` (llamacpp, transformers), `device` (cpu, cuda),
+`dtype` (float32, bfloat16), `context_tokens` (room for prompt and completion of one call). Temperature 0 where none is
+given.
 """
 
 from functools import partial
@@ -65,6 +66,8 @@ class Here(ModelAPI):
         config: GenerateConfig = GenerateConfig(),  # noqa: B008 - inspect_ai's own signature
         quantisation: str | None = None,
         engine: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
         context_tokens: int = CONTEXT_TOKENS,
         **others: Any,
     ) -> None:
@@ -72,9 +75,9 @@ class Here(ModelAPI):
         if others:
             raise PrerequisiteError(
                 f"delib/{model_name}: no such model argument: {', '.join(others)}; "
-                "quantisation, engine and context_tokens are there"
+                "quantisation, engine, device, dtype and context_tokens are there"
             )
-        changed = {"evaluate.quantisation": quantisation, "engine": engine}
+        changed = {"evaluate.quantisation": quantisation, "engine": engine, "device": device, "dtype": dtype}
         try:
             recipe = recipe_of(model_name, [f"{key}={value}" for key, value in changed.items() if value is not None])
             opened.check(model_name)
