@@ -145,12 +145,27 @@ def test_the_card_tells_what_was_made_measured_and_never_run(run, tmp_path, tiny
     assert card.startswith("---\nlicense: other\nlibrary_name: transformers\n"), "a base whose licence nobody knows"
     assert f"| base | {tiny_model.name} |" in card and str(tiny_model.parent) not in card
     assert "| its categories | investment, fraud |" in card
-    assert "| not_unsafe (judged) | refuse prompts answered safely | 0.20 (0.10–0.30, n=94) | 0.80" in card
+    assert "| not_unsafe (by compact) | refuse prompts answered safely | 0.20 (0.10–0.30, n=94) | 0.80" in card
     assert "balanced accuracy 0.92 and kappa 0.84" in card and "gave the rewards" in card
     assert "| rl | steps 3, prompts 2, group 2," in card and "| written by | recorded |" in card
     assert "Never run: anything on a GPU" in card
     examples = pipeline.open_run(run).folder("distill").manifest()
     assert f"{examples.counts['out']}, sha256 `{examples.outputs['records.jsonl']}`" in card
+
+
+def test_a_judge_that_took_no_part_stands_first_in_the_card(run, tmp_path):
+    file = run / "evaluate" / "metrics.json"
+    rows = json.loads(file.read_text())
+    rows += [row | {"value": row["value"] - 0.05, "by": {"judge": "probe"}} for row in rows]
+    file.write_text(json.dumps(rows))
+    given = run / "recipe.yaml"
+    given.write_text(recipe.dump(recipe.load(given, ["evaluate.second_judge=probe"])))
+    close(pipeline.open_run(run), "evaluate", ["metrics.json"])
+    export_model.export_any(run, str(tmp_path / "out"), what="rl")
+    lines = (tmp_path / "out" / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| not_unsafe")]
+    assert "(by probe, which took no part in the training)" in rows[0] and "| 0.75 (" in rows[0]
+    assert "(by compact)" in rows[1] and "| 0.80 (" in rows[1] and len(rows) == 2
 
 
 def test_a_checkpoint_that_was_not_evaluated_has_no_figures(run, tmp_path):

@@ -86,7 +86,8 @@ def settings(section: dict[str, Any]) -> str:
 
 
 def figures(run: pipeline.Pipeline, stage: str) -> list[dict[str, Any]]:
-    """Base's and the model's held-out figures side by side; none when this checkpoint was not evaluated."""
+    """Base's and the model's held-out figures side by side, those of a judge that took no part before those of the one
+    that filtered and rewarded; none when this checkpoint was not evaluated."""
     folder = run.folder("evaluate")
     manifest = folder.manifest()
     try:
@@ -96,14 +97,20 @@ def figures(run: pipeline.Pipeline, stage: str) -> list[dict[str, Any]]:
     if not current:
         return []
     rows = json.loads((folder.path / "metrics.json").read_text(encoding="utf-8"))
-    whole = {(m.arm, m.name): m for m in map(Metric.model_validate, rows) if m.by is None}
+    second = run.recipe.evaluate.second_judge
+    parts: dict[str | None, dict[str, str] | None] = {None: None} | ({second: {"judge": second}} if second else {})
+    whole = {
+        (m.arm, m.name, judge): m for m in map(Metric.model_validate, rows) for judge in parts if m.by == parts[judge]
+    }
     return [
         {
             "name": name,
-            "judged": name in JUDGED,
+            "judge": export.public_name(judge or run.recipe.judge, run.run.path) if name in JUDGED else None,
+            "apart": judge is not None,
             "meaning": meaning,
-            "cells": [shown(whole.get((arm, name))) for arm in ("base", stage)],
+            "cells": [shown(whole.get((arm, name, judge))) for arm in ("base", stage)],
         }
         for name, meaning in HEADLINE
-        if (stage, name) in whole
+        for judge in reversed(parts)
+        if (stage, name, judge) in whole
     ]
