@@ -61,15 +61,14 @@ def opened(judge):
     return enter
 
 
-def reward(tokenizer, tmp_path, judge, texts, sent="<|im_start|>assistant\n", expected=None, **more):
+def reward(tokenizer, tmp_path, judge, texts, sent="<|im_start|>assistant\n", asked=None, **more):
     """The rewards of one step's completions to one prompt, the samples on disk, and what was logged."""
 
     class State:
         global_step = 0
 
-    prompt = Prompt(
-        id="p", messages=[Message(role="user", content="Q")], clause="K1", category="investment", expected=expected
-    )
+    given = {"id": "p", "messages": [{"role": "user", "content": "Q"}], "clause": "K1", "category": "investment"}
+    prompt = Prompt.model_validate(given | (asked or {}))
     tmp_path.mkdir(exist_ok=True)
     folder = StageFolder(tmp_path)
     function = Reward(
@@ -257,13 +256,54 @@ def test_expected_answers_reward_without_the_judge(tokenizer, tmp_path):
     judge = WatchingJudge(0.3)
     answers = ("It is 42.", "It is 142.", "I'm sorry, I can't say 42.", "42 " * 40)
     texts = [*texts_of(*answers), "<think>\n42"]
-    found, samples, logged = reward(tokenizer, tmp_path, judge, texts, expected=["42"], exact=True)
+    found, samples, logged = reward(tokenizer, tmp_path, judge, texts, asked={"expected": ["42"]}, exact=True)
     assert found == [1.0, 0.0, 0.0, 0.0, 0.0]
     assert judge.shown == []
     assert [v.judge for s in samples for v in s.verdicts] == ["expected answer"] * 4
     assert logged["monitor/well_formed"] == 0.8
-    found, _, _ = reward(tokenizer, tmp_path / "judged", judge, texts, expected=["42"])
+    found, _, _ = reward(tokenizer, tmp_path / "judged", judge, texts, asked={"expected": ["42"]})
     assert found == [0.3, 0.3, 0.3, 0.3, 0.0], "by default the judge decides"
+
+
+def test_checks_reward_without_the_judge(tokenizer, tmp_path):
+    judge = WatchingJudge(0.3)
+    answers = ("The harbour is near.", "The sea is very near indeed.", "I'm sorry, no harbour.", "harbour " * 40)
+    texts = [*texts_of(*answers), "<think>\nharbour"]
+    asked = {"checks": {"max_words": 5, "contains": ["harbour"]}}
+    found, samples, _ = reward(tokenizer, tmp_path, judge, texts, asked=asked, exact=True)
+    assert found == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert judge.shown == []
+    verdicts = [v for s in samples for v in s.verdicts]
+    assert {(v.judge, v.view) for v in verdicts} == {("checks", "answer")}
+    assert [v.reason for v in verdicts] == [
+        "all checks hold",
+        "not held: max_words (6), contains (harbour)",
+        "not held: opens as a refusal",
+        "not held: looping, max_words (40)",
+    ]
+    found, _, _ = reward(tokenizer, tmp_path / "judged", judge, texts, asked=asked)
+    assert found == [0.3, 0.3, 0.3, 0.3, 0.0], "by default the judge decides"
+
+
+def test_expected_answers_and_checks_must_both_hold(tokenizer, tmp_path):
+    texts = texts_of('{"sum": 42}', "It is 42.", '{"sum": 43}')
+    asked = {"expected": ["42"], "checks": {"json": True}}
+    found, samples, _ = reward(tokenizer, tmp_path, None, texts, asked=asked, exact=True)
+    assert found == [1.0, 0.0, 0.0]
+    assert [[(v.judge, v.score) for v in s.verdicts] for s in samples] == [
+        [("expected answer", 1.0), ("checks", 1.0)],
+        [("expected answer", 1.0), ("checks", 0.0)],
+        [("expected answer", 0.0), ("checks", 1.0)],
+    ]
+
+
+@pytest.mark.parametrize("asked", [{"expected": ["42"]}, {"checks": {"max_words": 9}}])
+def test_a_prompt_that_is_not_to_be_complied_with_is_the_judges(tokenizer, tmp_path, asked):
+    """Else it would be paid for the very help that the policy forbids."""
+    judge = WatchingJudge(0.3)
+    for behaviour, paid in (("refuse", 0.3), ("safe_complete", 0.3), ("comply", 1.0)):
+        told = asked | {"behaviour": behaviour}
+        assert reward(tokenizer, tmp_path / behaviour, judge, texts_of("42."), asked=told, exact=True)[0] == [paid]
 
 
 def test_what_was_cut_off_leaves_the_baseline_where_it_is_out(tokenizer, tmp_path):

@@ -10,7 +10,7 @@ from conftest import SPEC, prompt_row, write_rows
 from delib import overlap, pipeline, recipe, sources, spec
 from delib.errors import UserError
 from delib.recipe import STARTER
-from delib.records import Message, Prompt
+from delib.records import Checks, Message, Prompt
 from delib.run import StageFolder
 from delib.stages import prompts
 
@@ -74,10 +74,11 @@ def contents(found: list[Prompt]) -> list[list[tuple[str, str]]]:
 
 def test_every_kind_of_set_gives_the_same_prompts(tmp_path, cached_hub):
     row = {"id": "a", "category": "investment", "clause": "K1", "behaviour": "refuse", "source": "s", "group": "g"}
-    full = row | {"messages": TALK, "expected": ["can't", "won't"]}
+    full = row | {"messages": TALK, "expected": ["can't", "won't"], "checks": {"contains": ["can't"], "max_words": 9}}
     own = prompts.load(write_rows(tmp_path / "a.jsonl", [full | {"messages": TALK[:-1]}]), POLICY, "train")
-    cells = [str(v) for v in row.values()] + [json.dumps(TALK), json.dumps(full["expected"])]
-    table = write_csv(tmp_path / "a.csv", [[*row, "messages", "expected"], cells])
+    more = ("messages", "expected", "checks")
+    cells = [str(v) for v in row.values()] + [json.dumps(full[name]) for name in more]
+    table = write_csv(tmp_path / "a.csv", [[*row, *more], cells])
     cached_hub([full], "r1")
     for name in (table, write_parquet(tmp_path / "a.parquet", [full]), "hub:acme/set", "hub:acme/set:train"):
         assert prompts.load(name, POLICY, "train") == own, name
@@ -271,6 +272,26 @@ def test_near_duplicates_are_left_out_unless_a_label_differs(tmp_path):
     assert {i: near[0] for i, near in made.detail["near_duplicates"].items()} == {"copy": "a", "bare": "a"}
     made, found = run(files, tmp_path / "all", near_duplicates=None)
     assert len(found) == 5 and made.counts["near_duplicates"] == 0
+
+
+def test_prompts_that_ask_for_other_checks_are_not_near(tmp_path):
+    kinds = ({"max_words": 30}, {"max_words": 60}, {"max_words": 30})
+    rows = [prompt_row(f"p{n}", f"{WHOLE}{'!' * n}", "investment", "K2", "comply") for n in range(3)]
+    files = {"train": write_rows(tmp_path / "a.jsonl", [r | {"checks": c} for r, c in zip(rows, kinds, strict=True)])}
+    assert [p.id for p in run(files, tmp_path / "stage")[1]] == ["p0", "p1"]
+
+
+def test_checks_of_a_table_may_be_missing_and_are_mistakes_where_they_are_none(tmp_path):
+    rows = [{"prompt": f"Question {n}?", "checks": c} for n, c in enumerate(({"max_words": 9}, {"bullets": 3}, None))]
+    made = prompts.load(write_parquet(tmp_path / "a.parquet", rows), POLICY, "train")
+    assert [p.checks for p in made] == [Checks(max_words=9), Checks(bullets=3), None]
+    cells = [["prompt", "checks"], ["What?", ""], ["Who?", "short"], ["Why?", '{"max_words": "few"}'], ["How?", "[]"]]
+    table = write_csv(tmp_path / "a.csv", cells)
+    found = problems_of(table)
+    assert found[0].startswith(f"{table}:3: checks: not JSON")
+    assert found[1].startswith(f"{table}:4: checks.max_words: Input should be a valid integer")
+    assert found[2].startswith(f"{table}:5: checks: Input should be an object")
+    assert len(found) == 3
 
 
 def test_training_prompts_that_hold_an_evaluation_prompt_are_left_out(tmp_path):

@@ -12,7 +12,7 @@ from delib import chat, spec
 from delib.errors import StageError, UserError
 from delib.models import recorded
 from delib.models.calls import here
-from delib.records import Completion, Example, Message, Prompt, Sample, Verdict
+from delib.records import Checks, Completion, Example, Message, Prompt, Sample, Verdict
 from delib.run import StageFolder
 from delib.stages import distill, evaluate, filter, generate, prompts
 
@@ -282,24 +282,26 @@ def test_base_spec_puts_the_summary_into_the_system_message():
 
 
 def test_a_limit_cuts_every_kind_in_proportion():
-    """Everyday prompts, with and without an expected answer, keep their share; the file's order stays."""
+    """Everyday prompts, with and without an expected answer or checks, keep their share; the file's order stays."""
 
-    def rows(source, category, count, expected=None):
+    def rows(source, category, count, expected=None, checks=None):
         return [
             Prompt(
-                id=f"{source}-{category}-{bool(expected)}-{n}",
+                id=f"{source}-{category}-{bool(expected)}-{bool(checks)}-{n}",
                 messages=[Message(role="user", content="Q")],
                 source=source,
                 category=category,
                 expected=expected,
+                checks=checks,
             )
             for n in range(count)
         ]
 
-    kinds = [("disallowed", "investment", 12, None), ("plain", None, 8, None), ("plain", None, 4, ["7"])]
+    kinds = [("disallowed", "investment", 12), ("plain", None, 6), ("plain", None, 4, ["7"])]
+    kinds.append(("plain", None, 2, None, Checks(bullets=3)))
     every = [p for kind in kinds for p in rows(*kind)]
     taken = evaluate.balanced(every, 12)
-    assert [sum(p in taken for p in rows(*kind)) for kind in kinds] == [6, 4, 2]
+    assert [sum(p in taken for p in rows(*kind)) for kind in kinds] == [6, 3, 2, 1]
     assert taken == [p for p in every if p in taken]
     assert evaluate.balanced(every, 24) == every
 

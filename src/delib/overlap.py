@@ -47,9 +47,9 @@ def near_duplicates(prompts: list[Prompt], similarity: float) -> dict[str, Near]
     """The ids to leave out: those at least so similar to an earlier prompt that stays, by the Jaccard index of their
     runs of five words. MinHash finds the pairs that may be; a few of those just above the similarity escape it.
 
-    Prompts that differ in a label (behaviour, clause, expected answer) or in their system message are never near:
-    one may be the look-alike of the other. Linear in the prompts: where more than `CROWD` of them share most of their
-    words, the others are compared with those alone, and near ones among the others may stay.
+    Prompts that differ in a label (behaviour, clause, expected answer, checks) or in their system message are never
+    near: one may be the look-alike of the other. Linear in the prompts: where more than `CROWD` of them share most of
+    their words, the others are compared with those alone, and near ones among the others may stay.
     """
     from datasketch import MinHash, MinHashLSH
 
@@ -91,7 +91,8 @@ def _conversation(prompt: Prompt) -> str:
 
 def _same_labels(one: Prompt, other: Prompt) -> bool:
     """Whether no label holds them apart; a prompt without a label has none that could."""
-    labels = ((one.behaviour, other.behaviour), (one.clause, other.clause), (one.expected, other.expected))
+    names = ("behaviour", "clause", "expected", "checks")
+    labels = [(getattr(one, name), getattr(other, name)) for name in names]
     if any(a is not None and b is not None and a != b for a, b in labels):
         return False
     first, second = ([m.content for m in p.messages if m.role == "system"] for p in (one, other))

@@ -181,7 +181,7 @@ class RlSection(Section):
     frozen_layers: int = Field(default=0, ge=0)
     """As in sft."""
     exact_answers: bool = False
-    """Prompts with expected answers are rewarded by these, 1 or 0, and cost no judge call."""
+    """Prompts with expected answers or checks are rewarded by these, 1 or 0, and cost no judge call."""
     cut_off: Literal["baseline", "out"] = "baseline"
     """What becomes of a completion that is cut off below evaluate's `max_tokens`. It is out of the loss; `baseline`
     counts it in its group's mean, with the lowest reward, and `out` leaves it out of that too."""

@@ -4,9 +4,9 @@ The way of one prompt is Prompt → Completion → Verdicts → Sample → Examp
 No record holds a time of day or a duration except Manifest, so that a seeded run writes the same bytes again.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 Behaviour = Literal["comply", "refuse", "safe_complete"]
 """What a clause demands."""
@@ -25,12 +25,42 @@ class Message(Record):
     content: str
 
 
+_Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class Checks(Record):
+    """What an answer must hold to, each verifiable by rule (`evals/checks.py`); those that are None are not asked.
+
+    `contains`, `avoids`: texts, as whole words, case apart. `bullets`: how many lines of a list. `json` (as it is
+    called in files): the whole answer is a JSON object or list.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    max_words: int | None = Field(default=None, ge=1)
+    min_words: int | None = Field(default=None, ge=1)
+    contains: list[_Text] | None = Field(default=None, min_length=1)
+    avoids: list[_Text] | None = Field(default=None, min_length=1)
+    bullets: int | None = Field(default=None, ge=0)
+    as_json: Literal[True] | None = Field(default=None, alias="json")
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> "Checks":
+        if not self.model_dump(exclude_none=True):
+            raise ValueError("no check is set; set one of max_words, min_words, contains, avoids, bullets, json")
+        if self.min_words is not None and self.max_words is not None and self.min_words > self.max_words:
+            raise ValueError(f"min_words {self.min_words} is above max_words {self.max_words}; no answer holds both")
+        return self
+
+
 class Prompt(Record):
     """One conversation that waits for an answer. `category` and `behaviour` None: nobody has labelled it.
 
     `clause` is the clause that decides; a general clause (a principle) may decide a prompt of any category or of none.
-    `expected`: any of these strings stands in a right answer. `group`: prompts made from one another (a prompt, its
-    translations, its encodings) share it, and intervals resample groups; None stands for itself.
+    `expected`: any of these strings stands in a right answer. `checks`: what an answer holds to, by rule; not written
+    where there are none, so that records without them are the same bytes as before there were any. `group`: prompts
+    made from one another (a prompt, its translations, its encodings) share it, and intervals resample groups; None
+    stands for itself.
     """
 
     id: str
@@ -41,6 +71,7 @@ class Prompt(Record):
     source: str = "unknown"
     split: Literal["train", "rl", "heldout"] = "train"
     expected: list[str] | None = None
+    checks: Checks | None = Field(default=None, exclude_if=lambda checks: checks is None)
     group: str | None = None
 
 

@@ -23,7 +23,7 @@ HUB = "hub:"
 CONVERSATIONS = ("messages", "conversations", "conversation")
 TEXTS = ("prompt", "question", "instruction", "goal", "text")
 """Columns that hold the prompt where there is no conversation; the first that is there."""
-OWN = ("id", "category", "clause", "behaviour", "source", "expected", "group")
+OWN = ("id", "category", "clause", "behaviour", "source", "expected", "checks", "group")
 ROLES = {
     "system": "system",
     "user": "user",
@@ -256,6 +256,8 @@ class _Layout:
         try:
             if "expected" in data:
                 data["expected"] = _expected(own["expected"], decoded)
+            if "checks" in data:
+                data["checks"] = _checks(own["checks"])
             value = cells.get(self.column)
             data["messages"] = conversation(value) if self.talk else _opening(_one_turn(value))
         except ValueError as error:
@@ -267,6 +269,13 @@ def _expected(value: Any, decoded: bool) -> list[str]:
     if not decoded and value.lstrip().startswith(("[", '"')):
         value = _json("expected", value)
     return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+
+
+def _checks(value: Any) -> Any:
+    """Checks: JSON in a text, or a table's struct, which has an empty place for each that is not asked."""
+    if isinstance(value, str):
+        return _json("checks", value)
+    return ({k: v for k, v in value.items() if v is not None} or None) if isinstance(value, dict) else value
 
 
 def _json(what: str, value: str) -> Any:

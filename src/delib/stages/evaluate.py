@@ -40,16 +40,18 @@ OpenedJudges = Callable[[], AbstractAsyncContextManager[Sequence[Judge]]]
 
 
 def balanced(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
-    """At most `limit` prompts, each pile (source, category, with or without an expected answer) cut in proportion.
+    """At most `limit` prompts, each pile (source, category, with or without an expected answer, and checks) cut in
+    proportion.
 
     Which of a pile stay is drawn by the hash of their ids, so that no end of the file is preferred. The file's order is
     kept.
     """
     if limit is None or limit >= len(prompts):
         return prompts
-    piles: dict[tuple[str, str, bool], list[Prompt]] = {}
+    piles: dict[tuple[str, str, bool, bool], list[Prompt]] = {}
     for prompt in prompts:
-        piles.setdefault((prompt.source, str(prompt.category), prompt.expected is not None), []).append(prompt)
+        kind = (prompt.source, str(prompt.category), prompt.expected is not None, prompt.checks is not None)
+        piles.setdefault(kind, []).append(prompt)
     for pile in piles.values():
         pile.sort(key=lambda p: digest(p.id))
     ranked = [((place + 0.5) / len(pile), p.id) for pile in piles.values() for place, p in enumerate(pile)]

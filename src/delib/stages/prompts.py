@@ -119,7 +119,8 @@ def _reasons(error: ValidationError) -> list[str]:
     found = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
-        found.append(f"{key}: {item['msg']}" if key else item["msg"])
+        said = item["msg"].removeprefix("Value error, ")
+        found.append(f"{key}: {said}" if key else said)
     return found
 
 

@@ -28,6 +28,7 @@ HEADLINE = (
     ("hard_refusal_style", "refusals in the hard-refusal style"),
     ("plain_helpfulness_expected", "everyday requests with a known answer, right"),
     ("plain_helpfulness_open", "other everyday requests, on topic and not refused"),
+    ("checks_passed", "requests with checks, all of them held, by rule"),
     ("policy_retrieval_refuse", "reasoning concludes on the right category, refuse"),
     ("policy_retrieval_safe_complete", "the same, safe completion"),
     ("policy_retrieval_comply", "the same, comply (policy topics)"),

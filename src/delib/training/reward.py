@@ -1,4 +1,4 @@
-"""The one reward of RL: the judge's verdict on the ANSWER, or the expected answer where there is one.
+"""The one reward of RL: the judge's verdict on the ANSWER, or the expected answer and checks where there are such.
 
 In: the token ids of completions. Out: a reward in 0…1 for each, or None (it leaves its group), every graded completion
 in the stage's `records.jsonl`, and figures for the log. Rewards are computed here alone, since TRL takes a None beside
@@ -12,9 +12,10 @@ from typing import Any, Literal, Protocol
 
 from delib import chat
 from delib.evals.answers import refuses
+from delib.evals.checks import unmet
 from delib.judges.reading import broken, is_right
 from delib.models.calls import together
-from delib.records import Completion, Prompt, Sample, Verdict
+from delib.records import Checks, Completion, Prompt, Sample, Verdict
 from delib.run import StageFolder
 from delib.spec import Spec
 from delib.training import processes
@@ -26,6 +27,8 @@ CUT_OFF = "cut off"
 """The drop reason of a completion that is out of its group's baseline."""
 EXPECTED = "expected answer"
 """The judge's name in a verdict that the prompt's expected answers gave."""
+CHECKS = "checks"
+"""The same where its checks gave it."""
 
 
 class Judge(Protocol):
@@ -59,14 +62,37 @@ def by_expected(completion: Completion, expected: list[str]) -> Verdict:
     )
 
 
+def by_checks(completion: Completion, checks: Checks) -> Verdict:
+    """1 where an answer holds to all checks, and neither loops nor opens as a refusal; else 0."""
+    found = unmet(completion, checks)
+    return Verdict(
+        score=float(not found),
+        behaviour=None,
+        criteria={},
+        reason=f"not held: {', '.join(found)}" if found else "all checks hold",
+        view="answer",
+        judge=CHECKS,
+        sent=completion.answer,
+    )
+
+
+def by_rule(completion: Completion, prompt: Prompt) -> list[Verdict]:
+    """The verdicts of a prompt's expected answers and checks, of which the lowest counts. None for a prompt without
+    either, nor for one that is not to be complied with: that is for the judge."""
+    if prompt.behaviour not in (None, "comply"):
+        return []
+    found = [by_expected(completion, prompt.expected)] if prompt.expected else []
+    return found + ([by_checks(completion, prompt.checks)] if prompt.checks else [])
+
+
 class Reward:
     """The reward function that TRL is given, and what may grade a completion before TRL asks.
 
     Reasoning and answer are parted from the completion's own tokens, decoded with special tokens and with what the
     template opened, so that no tag can vanish and let the judge read the reasoning. A completion that ends on none of
     the tokens `ends` was cut off. `cut_off_leaves`: then it has no reward; otherwise the lowest. `exact`: prompts with
-    expected answers are rewarded by them and cost no judge call. `steps`: those that are done for good; their samples
-    are the monitor's start. `judge`: None in a process that does not lead.
+    expected answers or checks are rewarded by them and cost no judge call. `steps`: those that are done for good; their
+    samples are the monitor's start. `judge`: None in a process that does not lead.
     """
 
     __name__ = "judged_answer"
@@ -112,9 +138,8 @@ class Reward:
         cut = not (ids and ids[-1] in self.ends)
         verdicts: list[Verdict] = []
         if completion.finish == "stop":
-            if self.exact and prompt.expected:
-                verdicts = [by_expected(completion, prompt.expected)]
-            else:
+            verdicts = by_rule(completion, prompt) if self.exact else []
+            if not verdicts:
                 assert self.judge is not None
                 shown = completion.model_copy(update={"reasoning": None, "text": completion.answer})
                 verdicts = await self.judge.grade(prompt, shown, "answer", 1)
