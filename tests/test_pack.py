@@ -9,7 +9,7 @@ import pytest
 from delib import chat, pack, spec
 from delib.judges import reading
 from delib.models import recorded
-from delib.recipe import STARTER
+from delib.recipe import RECIPES, STARTER
 from delib.stages import prompts
 
 POLICY = spec.load(STARTER / "spec.md")
@@ -78,6 +78,22 @@ def test_no_templating():
 
 def test_training_and_heldout_prompts_do_not_overlap():
     assert pack.overlaps(HELDOUT, TRAIN) == []
+
+
+def test_verifiable_prompts_stand_apart_and_in_no_recipe():
+    rl = prompts.load(STARTER / "rl.jsonl", POLICY, "rl")
+    found = prompts.load(STARTER / "verifiable.jsonl", POLICY, "rl")
+    assert [sum(bool(p.expected) for p in found), sum(p.checks is not None for p in found)] == [24, 24]
+    assert {(p.category, p.clause, p.behaviour, p.source) for p in found} == {(None, "P1", "comply", "plain")}
+    assert all(bool(p.expected) != bool(p.checks) for p in found)
+    kinds = {kind for p in found if p.checks for kind in p.checks.model_dump(exclude_none=True)}
+    assert kinds == {"max_words", "min_words", "contains", "avoids", "bullets", "json"}
+    for prompt in found:
+        asked = prompt.messages[0].content
+        assert not prompt.expected or not reading.is_right(asked, prompt.expected), "the prompt gives the answer away"
+    assert pack.overlaps(found, TRAIN + HELDOUT + rl) == []
+    assert not {p.id for p in found} & {p.id for p in TRAIN + HELDOUT + rl}
+    assert not [r for r in RECIPES.glob("*.yaml") if "verifiable" in r.read_text(encoding="utf-8")]
 
 
 def test_shifted_prompts_are_made_from_held_out_ones():
