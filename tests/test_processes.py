@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -326,3 +327,36 @@ def test_shipped_gpu_recipes_are_sound(name):
     for stage in ("sft", "rl"):
         gib = sum(footprint.estimate(loaded, config, stage)) / 2**30
         assert gib < 0.85 * MEMORY[name], (stage, gib)
+
+
+ZERO3 = ["accelerate=accelerate-zero3-8.yaml", "rl.lora=null"]
+
+
+@pytest.mark.parametrize(("name", "trls", "kind"), [("fsdp", "fsdp2", "FSDP"), ("zero3", "zero3", "DEEPSPEED")])
+def test_shipped_accelerate_files_are_read_by_accelerate_and_say_what_trls_own_do(name, trls, kind):
+    import trl
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(recipe.RECIPES / f"accelerate-{name}-8.yaml"))
+    given = load_config_from_file(str(Path(trl.__file__).parent / "accelerate_configs" / f"{trls}.yaml"))
+    for key in ("distributed_type", "num_machines", "num_processes", "mixed_precision", "deepspeed_config"):
+        assert getattr(found, key) == getattr(given, key), key
+    assert found.fsdp_config.items() <= given.fsdp_config.items()
+    assert found.distributed_type.value == kind
+
+
+def test_zero3_for_the_shipped_recipe_is_sound_but_for_what_is_not_installed(monkeypatch):
+    loaded = recipe.load(recipe.RECIPES / "gpu-8x80gb.yaml", ZERO3)
+    assert pipeline.check(loaded) == ["accelerate: deepspeed is not installed; run 'pip install deepspeed'"]
+    monkeypatch.setattr(processes, "find_spec", lambda name: object())
+    assert pipeline.check(loaded) == []
+    assert processes.sharded(loaded) and processes.planned(loaded) == 8
+    assert processes.config(loaded)["deepspeed_config"]["zero3_save_16bit_model"] is True
+    untried = footprint.never_run(loaded)
+    assert "DeepSpeed" in untried and "FSDP" not in untried
+    adapter = recipe.load(recipe.RECIPES / "gpu-8x80gb.yaml", ZERO3[:1])
+    assert [told[:32] for told in pipeline.check(adapter)] == ["rl.lora: ZeRO-3 takes no adapter"]
+    config = qwen3(*QWEN3[loaded.model])
+    for stage in ("sft", "rl"):
+        gib = sum(footprint.estimate(loaded, config, stage)) / 2**30
+        assert gib < 0.85 * MEMORY["gpu-8x80gb"], (stage, gib)
