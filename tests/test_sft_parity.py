@@ -4,7 +4,9 @@ The peer gets prompts and completions as texts and makes its own tokens and mask
 token a byte, so that every position can be counted by hand.
 """
 
+import inspect
 import random
+import re
 
 import pytest
 
@@ -303,3 +305,20 @@ def test_a_packed_batch_has_the_loss_of_its_examples(two_heads):
     trainer.model.eval()
     padded = trainer.compute_loss(trainer.model, collator(made)(rows)).item()
     assert trainer.compute_loss(trainer.model, collator(made, packed=True)(packs)).item() == pytest.approx(padded, 1e-5)
+
+
+HELD = {
+    "get_batch_samples": "(self, epoch_iterator: collections.abc.Iterator, num_batches: int, device: torch.device)",
+    "compute_loss": "(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
+}
+
+
+def test_what_is_overridden_is_there_in_trl_with_this_signature():
+    from trl import SFTTrainer
+
+    for name, signature in HELD.items():
+        found = str(inspect.signature(getattr(SFTTrainer, name)))
+        assert re.sub(r" -> .*", "", found) == signature, name
+    kind = trainer_class()
+    own = {n for n in vars(kind) if callable(getattr(kind, n)) and hasattr(SFTTrainer, n) and not n.startswith("__")}
+    assert own == set(HELD)
