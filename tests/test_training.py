@@ -345,6 +345,9 @@ def test_the_best_of_the_held_out_checkpoints_is_kept(tiny_model, tmp_path):
     assert measured[kept] == min(measured.values())
     assert made.counts["steps"] == max(measured) == kept + 4 < 48
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    own = [sft.tokenise(e, tokenizer) for e in examples if e.prompt_id not in aside]
+    course = [len(row["input_ids"]) for row in sft.course_of(own, section, random.Random(0))]
+    assert made.tokens == sum(course[: 4 * made.counts["steps"]]) < sum(course), "what was not shown is not counted"
     rows = [sft.tokenise(e, tokenizer) for e in examples if e.prompt_id in aside]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32)
     batches = [sft.collator(tokenizer)(rows[i : i + 4]) for i in range(0, 16, 4)]

@@ -235,7 +235,7 @@ def run(
         drawn(section.mix, beside, section.max_tokens, heldout or [], tokenizer, order) if section.mix else ([], {})
     )
     course = course_of(rows, section, order, mixed)
-    tokens = sum(len(r["input_ids"]) for r in course)
+    shown = [len(row["input_ids"]) for row in course]
     steps = -(-len(course) // section.batch_size)
     scratch = folder.path / weights.TRAINER
     # DeepSpeed must be known before a model is loaded, so that its parts go where they belong.
@@ -264,6 +264,7 @@ def run(
         kept = recipe.dtype if recipe.dtype != "float32" else None
         weights.save(model, tokenizer, base, folder.path / "checkpoint", state, kept)
     history = trainer.state.log_history
+    tokens = sum(shown[: trainer.state.global_step * section.batch_size])  # of the course, where patience ended it
     counts = {
         "in": len(examples),
         "trained": len(rows[: section.limit]),
