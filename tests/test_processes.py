@@ -161,7 +161,10 @@ def test_what_does_not_fit_together_is_told_before_any_compute(tmp_path, tiny_mo
 
 
 def test_what_the_model_has_not_is_told_where_it_is_at_hand(tmp_path, tiny_model, monkeypatch):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     import tiny
+    from delib.models import weights
     from delib.stages import rl
 
     tiny.save(tmp_path / "phi", "phi", "gpt-2")
@@ -183,6 +186,16 @@ def test_what_the_model_has_not_is_told_where_it_is_at_hand(tmp_path, tiny_model
     assert [p.split(" has ")[0] for p in found] == [
         f"{stage}.lora.targets: no linear layer is called qq; this model" for stage in ("rl", "sft")
     ]
+    GPT2Config(n_embd=8, n_head=2, n_layer=2, vocab_size=16).save_pretrained(tmp_path / "gpt2")
+    frozen = {"frozen_layers": 1}
+    assert told(tmp_path / "gpt2") == told(tmp_path / "qwen", sft=frozen, rl=frozen) == []
+    assert told(tmp_path / "phi", sft=frozen) == []
+    assert told(tmp_path / "gpt2", sft=frozen, rl=frozen) == [
+        f"{stage}.frozen_layers: a GPT2LMHeadModel has no model.layers that could be frozen; set it to 0"
+        for stage in ("rl", "sft")
+    ]
+    with pytest.raises(UserError, match="frozen_layers: a GPT2LMHeadModel has no"):
+        weights.freeze(GPT2LMHeadModel(GPT2Config.from_pretrained(tmp_path / "gpt2")), 1)
     monkeypatch.setenv("DELIB_CACHE", str(tmp_path / "empty"))
     for name in ("smollm2", "nobody/has-this", str(tmp_path / "none")):
         assert told(name, **served, sft=unknown) == [], "it is not fetched to find out"

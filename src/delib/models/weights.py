@@ -150,11 +150,17 @@ def can_serve(folder: Path) -> bool:
 
 
 def freeze(model: Any, layers: int) -> None:
-    """Stop the first `layers` layers, and with any the embeddings, from training."""
+    """Stop the first `layers` layers, and with any the embeddings, from training. Raises UserError where the model does
+    not have them as `model.layers`."""
     if layers == 0:
         return
+    found = getattr(getattr(model, "model", None), "layers", None)
+    if found is None:
+        raise UserError(
+            f"frozen_layers: a {type(model).__name__} has no model.layers that could be frozen; set it to 0"
+        )
     model.get_input_embeddings().weight.requires_grad_(False)
-    for layer in model.model.layers[:layers]:
+    for layer in found[:layers]:
         layer.requires_grad_(False)
 
 

@@ -67,7 +67,7 @@ def problems(recipe: Recipe) -> list[str]:
         found.append(
             "rl.rollouts: llamacpp takes whole weights, no adapter; set it to transformers, or rl.lora to null"
         )
-    return found + fitting.targets(recipe, "rl", section.lora) + fitting.rollouts(recipe)
+    return found + fitting.layers(recipe, "rl", section) + fitting.rollouts(recipe)
 
 
 def _counted(record: logging.LogRecord) -> bool:

@@ -5,13 +5,14 @@ then tells the same.
 """
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from delib.errors import UserError
 from delib.models import gguf_file, weights
-from delib.recipe import LoraSection, Recipe
+from delib.recipe import Recipe, RlSection, SftSection
 
 
 def folder_at_hand(name: str) -> Path | None:
@@ -46,16 +47,34 @@ def _config(recipe: Recipe) -> Any:
         return None
 
 
-def targets(recipe: Recipe, stage: str, lora: LoraSection | None) -> list[str]:
-    """Layers that an adapter names and the model does not have, seen on a model without weights."""
-    if lora is None or lora.targets is None or (config := _config(recipe)) is None:
+def layers(recipe: Recipe, stage: str, section: SftSection | RlSection) -> list[str]:
+    """Layers that an adapter names or that are to be frozen, and that the model does not have."""
+    lora = section.lora
+    if lora is not None and lora.targets is not None:
+        return _tried(recipe, stage, lambda model: weights.adapted(model, lora))
+    if lora is None and section.frozen_layers and not _freezes(recipe):
+        return _tried(recipe, stage, lambda model: weights.freeze(model, section.frozen_layers))
+    return []
+
+
+def _freezes(recipe: Recipe) -> bool:
+    """Whether it is known by its family alone that layers can be frozen: without torch, whose import takes seconds."""
+    folder = folder_at_hand(recipe.model)
+    if folder is None:
+        return False
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") in gguf_file.FAMILIES
+
+
+def _tried(recipe: Recipe, stage: str, change: Callable[[Any], Any]) -> list[str]:
+    """What is in the way of a change, seen on a model without weights."""
+    if (config := _config(recipe)) is None:
         return []
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            weights.adapted(AutoModelForCausalLM.from_config(config), lora)
+            change(AutoModelForCausalLM.from_config(config))
     except UserError as error:
         return [f"{stage}.{problem}" for problem in error.problems]
     except ValueError:  # no causal language model

@@ -177,7 +177,7 @@ def completions_at_once(recipe: Recipe, processes: int) -> int:
 
 def problems(recipe: Recipe) -> list[str]:
     """What of `accelerate`, `device`, batch sizes and adapter does not fit together."""
-    told = fitting.targets(recipe, "sft", recipe.sft.lora)
+    told = fitting.layers(recipe, "sft", recipe.sft)
     try:
         found = config(recipe)
     except UserError as error:
