@@ -92,7 +92,7 @@ def timed(kind: type, judge: Judge, latencies: list[int], steps: list[Step]) -> 
 
 
 def recipe_of(given: argparse.Namespace, writer: Any) -> Any:
-    from delib.recipe import EvaluateSection, Recipe, RlSection
+    from delib.recipe import EvaluateSection, Recipe, RlSection, SftSection
 
     section = RlSection(
         steps=1 + len(given.latencies),
@@ -102,8 +102,8 @@ def recipe_of(given: argparse.Namespace, writer: Any) -> Any:
         rollouts=writer,
         checkpoint_steps=10**6,
     )
-    # At evaluate's own limit what is cut off is learned from.
-    return Recipe(rl=section, evaluate=EvaluateSection(max_tokens=given.tokens))
+    # At evaluate's own limit what is cut off is learned from; and each completion is judged, with reasoning or without.
+    return Recipe(sft=SftSection(reasoning=False), rl=section, evaluate=EvaluateSection(max_tokens=given.tokens))
 
 
 def prompts_of() -> list[Any]:

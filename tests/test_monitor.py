@@ -7,7 +7,8 @@ import pytest
 
 from conftest import SPEC
 from delib import recipe, spec
-from delib.recipe import EvaluateSection, RlSection
+from delib.evals.scoring import values
+from delib.recipe import EvaluateSection, RlSection, SftSection
 from delib.records import Completion, Message, Prompt, Sample, Verdict
 from delib.run import StageFolder
 from delib.stages import rl
@@ -50,6 +51,24 @@ def test_figures_of_a_step():
     assert row["reasoning_matches_answer"] == pytest.approx(2 / 3), "one concludes on refusing, and was seen to comply"
     assert row["answer_tokens"] == pytest.approx((8 + 5 + 4) / 3)
     assert row["well_formed"] == 1.0
+
+
+def test_completions_without_reasoning_are_not_well_formed_and_raise_an_alarm():
+    bare, watching = graded("Yes.", 0.5, reasoning=None), monitor()
+    for step, lost in enumerate([0] * WINDOW + [1] * WINDOW):
+        row = watching.step(step, [*[bare] * lost, *[graded("Yes.", 0.5)] * (5 - lost)])
+    assert row["well_formed"] == 0.8 == scoring_of([bare, *[graded("Yes.", 0.5)] * 4])
+    assert watching.alarms() == [
+        "completions that end by themselves with reasoning and an answer fell from 100% to 80%"
+    ]
+    empty = monitor().step(0, [graded("Yes.", 0.5, reasoning="")])
+    assert empty["well_formed"] == 0.0
+
+
+def scoring_of(samples):
+    """Evaluate's figure of that name."""
+    found = [values(g.sample, POLICY)["well_formed"] for g in samples]
+    return sum(found) / len(found)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +168,8 @@ def run_with(judge, wordy_model, folder, steps):
         for text in ("what is a share", "why look here", "how old is the bank", "what is the plan")
     ]
     section = RlSection(steps=steps, prompts=4, group=8, max_tokens=16, learning_rate=1e-2, checkpoint_steps=100)
-    given = recipe.Recipe(rl=section, evaluate=EvaluateSection(max_tokens=16))
+    bare = SftSection(reasoning=False)  # it learns words, and no tags
+    given = recipe.Recipe(sft=bare, rl=section, evaluate=EvaluateSection(max_tokens=16))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

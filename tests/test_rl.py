@@ -10,13 +10,15 @@ from conftest import ROWS, SPEC
 from delib import recipe, spec
 from delib.errors import UserError
 from delib.models import embedded
-from delib.recipe import EvaluateSection, RlSection
+from delib.recipe import EvaluateSection, RlSection, SftSection
 from delib.records import Message, Prompt, Sample, Verdict
 from delib.run import StageFolder
 from delib.stages import rl
 from delib.training.reward import Reward
 
 POLICY = spec.parse(SPEC)
+BARE = SftSection(reasoning=False)
+"""For models of random weights, which write no reasoning: the judge grades what ended by itself."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -136,6 +138,34 @@ def test_a_template_that_opens_the_reasoning(tokenizer, tmp_path):
     assert SECRET not in judge.shown[0][1]
 
 
+def test_without_reasoning_the_reward_is_the_lowest_where_sft_taught_it(tokenizer, tmp_path):
+    """The format reward; and what an earlier rule had graded otherwise is not read back as done."""
+    judge = WatchingJudge()
+    texts = ["Sorry.<|im_end|>", "<think>\n\n</think>\n\nSorry.<|im_end|>", *texts_of("Sorry.")]
+    found, samples, logged = reward(tokenizer, tmp_path, judge, texts, reasoning=False)
+    assert (found, len(judge.shown)) == ([0.7, 0.7, 0.7], 3)
+    found, samples, logged = reward(tokenizer, tmp_path, judge, texts)
+    assert (found, len(judge.shown)) == ([0.0, 0.0, 0.7], 3), "no judge call, and what stands is as it was"
+    assert [s.completion.finish for s in samples] == ["stop"] * 5, "they ended properly"
+    assert [s.failure for s in samples] == [None] * 5
+    assert logged["monitor/well_formed"] == pytest.approx(1 / 3)
+    assert reward(tokenizer, tmp_path, judge, texts)[0] == found and len(judge.shown) == 3
+    opened = "<|im_start|>assistant\n<think>\n"
+    found, _, _ = reward(tokenizer, tmp_path / "opened", judge, ["</think>\n\nSorry.<|im_end|>"], sent=opened)
+    assert found == [0.0]
+
+
+@pytest.mark.parametrize("reasoning", [True, False])
+def test_rl_asks_for_reasoning_where_the_recipe_trains_with_it(tiny_model, tmp_path, reasoning):
+    model_that(True, tiny_model, tmp_path / "start")
+    section = RlSection(steps=1, prompts=2, group=2, max_tokens=16)
+    given, judge = recipe.Recipe(sft=SftSection(reasoning=reasoning), rl=section), WatchingJudge()
+    asked = [Prompt(id=row[0], messages=[Message(role="user", content=row[1])], behaviour=row[4]) for row in ROWS]
+    made = rl.run(given, asked, opened(judge), POLICY, tmp_path / "start", StageFolder(tmp_path))
+    assert len(judge.shown) == (0 if reasoning else 4)
+    assert made.detail["curve"][0]["reward"] == pytest.approx(0.0 if reasoning else 0.7)
+
+
 def test_a_judge_failure_is_no_reward_and_not_zero(tokenizer, tmp_path):
     found, samples, _ = reward(tokenizer, tmp_path, WatchingJudge(None), ["<think>a</think>Sorry.<|im_end|>"])
     assert found == [None]
@@ -173,7 +203,7 @@ def test_rl_that_was_killed_after_its_last_step_makes_no_other(tiny_model, tmp_p
         )
         for name, text, category, clause, behaviour in ROWS
     ]
-    given = recipe.Recipe(rl=RlSection(steps=2, prompts=2, group=2, max_tokens=16))
+    given = recipe.Recipe(sft=BARE, rl=RlSection(steps=2, prompts=2, group=2, max_tokens=16))
     judge = WatchingJudge()
     made = rl.run(given, prompts, opened(judge), POLICY, tiny_model, StageFolder(tmp_path))
     records = (tmp_path / "records.jsonl").read_bytes()

@@ -19,7 +19,7 @@ from delib.run import StageFolder
 from delib.stages import rl
 from delib.training import fitting, footprint, processes, rollouts
 from test_processes import TWO
-from test_rl import POLICY, one_thread, opened  # noqa: F401 - a fixture that is used by itself
+from test_rl import BARE, POLICY, one_thread, opened  # noqa: F401 - a fixture that is used by itself
 from test_rollouts import HashJudge, prompts_of_rows, wide_model  # noqa: F401 - a fixture
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -73,10 +73,10 @@ def written(folder):
 
 LIVE = """
 for name in ("live", "served"):
-    made = run(name, recipe.Recipe(rl=RUNS[name]), prompts_of_rows())
+    made = run(name, recipe.Recipe(sft=BARE, rl=RUNS[name]), prompts_of_rows())
     if os.environ["RANK"] == "1":  # the leader tells the others its manifest
         (out / f"{name}.json").write_text(made.model_dump_json())
-run("same", recipe.Recipe(rl=section(steps=1)), prompts_of_rows()[:1])
+run("same", recipe.Recipe(sft=BARE, rl=section(steps=1)), prompts_of_rows()[:1])
 """
 RUNS = {"live": section(), "served": section(steps=2, rollouts="llamacpp")}
 
@@ -102,7 +102,12 @@ def test_what_two_processes_write_is_learned_from_as_by_one(wide_model, tmp_path
         alone, two = tmp_path / f"{name} alone", Manifest.model_validate_json((out / f"{name}.json").read_text())
         shutil.copytree(out / name / "trainer" / rollouts.JOURNAL, alone / "trainer" / rollouts.JOURNAL)
         one = rl.run(
-            recipe.Recipe(rl=given), prompts_of_rows(), opened(HashJudge()), POLICY, wide_model, StageFolder(alone)
+            recipe.Recipe(sft=BARE, rl=given),
+            prompts_of_rows(),
+            opened(HashJudge()),
+            POLICY,
+            wide_model,
+            StageFolder(alone),
         )
         assert two.detail["processes"] == 2
         losses, expected = ([h["loss"] for h in made.detail["curve"]] for made in (two, one))
@@ -118,14 +123,14 @@ def test_what_two_processes_write_is_learned_from_as_by_one(wide_model, tmp_path
     assert len(asked) == sum(bool(s.verdicts) for s in samples) > 20, "and asks it once for each completion"
 
     before = (out / "same" / "records.jsonl").read_bytes()
-    further = recipe.Recipe(rl=section(steps=2))
+    further = recipe.Recipe(sft=BARE, rl=section(steps=2))
     made = rl.run(further, prompts_of_rows()[:1], opened(HashJudge()), POLICY, wide_model, StageFolder(out / "same"))
     assert (made.detail["resumed_from"], made.counts["out"]) == ("checkpoint-1", 2 * 12)
     assert (out / "same" / "records.jsonl").read_bytes().startswith(before), "one process goes on where two stopped"
 
 
 GOING_ON = """
-made = run("run", recipe.Recipe(rl=section(steps=6, checkpoint_steps=2)), prompts_of_rows())
+made = run("run", recipe.Recipe(sft=BARE, rl=section(steps=6, checkpoint_steps=2)), prompts_of_rows())
 if os.environ["RANK"] == "0":
     (out / "curve.json").write_text(json.dumps([h["loss"] for h in made.detail["curve"]]))
 """
@@ -189,6 +194,6 @@ def test_check_tells_that_vllm_was_never_run_and_what_it_needs(monkeypatch):
 def test_rows_of_a_step_have_to_part_before_anything_is_loaded(tmp_path, monkeypatch, tiny_model):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "5")
-    given = recipe.Recipe(rl=section())
+    given = recipe.Recipe(sft=BARE, rl=section())
     with pytest.raises(UserError, match=r"12 completions a step .* among 5 processes; let them be a multiple of 5"):
         rl.run(given, prompts_of_rows(), opened(HashJudge()), POLICY, tiny_model, StageFolder(tmp_path))

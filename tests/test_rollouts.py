@@ -21,7 +21,7 @@ from delib.run import StageFolder
 from delib.stages import rl
 from delib.training import llamacpp, rollouts
 from delib.training.rollouts import Journal
-from test_rl import POLICY, one_thread, opened  # noqa: F401 - a fixture that is used by itself
+from test_rl import BARE, POLICY, one_thread, opened  # noqa: F401 - a fixture that is used by itself
 
 
 def prompts_of_rows():
@@ -172,7 +172,7 @@ def test_after_a_kill_nothing_is_written_or_graded_again(wide_model, tmp_path, w
     section = RlSection(
         steps=6, prompts=2, group=4, max_tokens=24, learning_rate=1e-3, checkpoint_steps=2, rollouts=writer
     )
-    given = recipe.Recipe(rl=section)
+    given = recipe.Recipe(sft=BARE, rl=section)
     steps = {}
     for name in ("whole", "broken"):
         judge = HashJudge()
@@ -229,7 +229,7 @@ def test_vllm_writes_through_trl_and_its_rollouts_are_kept(wide_model, tmp_path,
 
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Vllm)
     section = RlSection(steps=2, prompts=2, group=4, max_tokens=24, rollouts="vllm")
-    given, folder = recipe.Recipe(rl=section), StageFolder(tmp_path)
+    given, folder = recipe.Recipe(sft=BARE, rl=section), StageFolder(tmp_path)
     found = rl.problems(given)
     assert "vllm needs a GPU; set device: cuda" in found[0]
     monkeypatch.setattr(fitting, "rollouts", lambda _: [])
@@ -268,7 +268,7 @@ def test_cut_off_out_is_zero_for_the_siblings_advantage_too(wide_model, tmp_path
     monkeypatch.setattr(grpo, "trainer_class", watched)
     section = RlSection(steps=1, prompts=2, group=8, max_tokens=16, scale_rewards="none", cut_off="out")
     folder = StageFolder(tmp_path)
-    rl.run(recipe.Recipe(rl=section), prompts_of_rows(), opened(HashJudge()), POLICY, wide_model, folder)
+    rl.run(recipe.Recipe(sft=BARE, rl=section), prompts_of_rows(), opened(HashJudge()), POLICY, wide_model, folder)
     samples = folder.records(Sample)
     cut = [s.drop_reason == "cut off" for s in samples]
     assert 0 < sum(cut) < len(cut)
@@ -320,7 +320,7 @@ def test_what_the_server_ends_on_is_an_end(two_ends, tmp_path, monkeypatch):
 
     monkeypatch.setattr(grpo, "trainer_class", watched)
     section = RlSection(steps=1, prompts=2, group=8, max_tokens=24, rollouts="llamacpp")
-    given, folder = recipe.Recipe(rl=section), StageFolder(tmp_path)
+    given, folder = recipe.Recipe(sft=BARE, rl=section), StageFolder(tmp_path)
     with pytest.raises(Killed):
         rl.run(given, prompts_of_rows(), opened(DyingJudge(2)), POLICY, two_ends, folder)
     rl.run(given, prompts_of_rows(), opened(HashJudge()), POLICY, two_ends, folder)
@@ -342,7 +342,7 @@ def test_a_server_that_is_gone_stops_the_stage(two_ends, tmp_path, monkeypatch):
     from delib.models import embedded
 
     monkeypatch.setattr(embedded, "started", lambda _: type("Gone", (), {"listening_address": "http://127.0.0.1:9"}))
-    given = recipe.Recipe(rl=RlSection(steps=1, prompts=2, group=2, max_tokens=16, rollouts="llamacpp"))
+    given = recipe.Recipe(sft=BARE, rl=RlSection(steps=1, prompts=2, group=2, max_tokens=16, rollouts="llamacpp"))
     with pytest.raises(StageError, match=r"the embedded server gave no answer.*ConnectorError"):
         rl.run(given, prompts_of_rows(), opened(HashJudge()), POLICY, two_ends, StageFolder(tmp_path))
 
@@ -363,7 +363,7 @@ class Told(HashJudge):
         return await super().grade(*given)
 
 section = RlSection(steps=6, prompts=2, group=4, max_tokens=24, learning_rate=1e-3, checkpoint_steps=2)
-given = recipe.Recipe(rl=section)
+given = recipe.Recipe(sft=BARE, rl=section)
 made = rl.run(given, prompts_of_rows(), opened(Told()), POLICY, Path({start!r}), StageFolder(Path({out!r})))
 Path({out!r}, "losses.json").write_text(json.dumps([h["loss"] for h in made.detail["curve"]]))
 """
@@ -410,7 +410,12 @@ def test_an_adapter_is_trained_and_merged(wide_model, tmp_path):
         steps=3, prompts=2, group=4, max_tokens=24, learning_rate=1e-2, lora={"rank": 2}, frozen_layers=1
     )
     made = rl.run(
-        recipe.Recipe(rl=section), prompts_of_rows(), opened(HashJudge()), POLICY, wide_model, StageFolder(tmp_path)
+        recipe.Recipe(sft=BARE, rl=section),
+        prompts_of_rows(),
+        opened(HashJudge()),
+        POLICY,
+        wide_model,
+        StageFolder(tmp_path),
     )
     assert any(h["loss"] for h in made.detail["curve"])
     before, after = (load_file(f / "model.safetensors") for f in (wide_model, tmp_path / "checkpoint"))

@@ -142,7 +142,8 @@ class SftSection(Section):
     """Loss weight of the tokens that decide: a reasoning's opening, clause and conclusion, and the answer's opening.
     The first word of a reasoning weighs the square of this."""
     reasoning: bool = True
-    """False trains on the same answers without their reasoning: the control that tells what deliberation gives."""
+    """False trains on the same answers without their reasoning: the control that tells what deliberation gives. Where
+    it is true, RL gives a completion without reasoning the lowest reward."""
     held_out_share: float = Field(default=0.0, ge=0, le=0.5)
     """Share of the examples' prompts that are kept out of training; the loss on them is measured every
     `checkpoint_steps`, and the checkpoint with the lowest is kept."""

@@ -146,6 +146,7 @@ def _train(
         steps=steps,
         exact=section.exact_answers,
         cut_off_leaves=masked and section.cut_off == "out",
+        reasoning=recipe.sft.reasoning,
     )
     served = section.rollouts == "llamacpp"
     logging.getLogger("trl.trainer.grpo_trainer").addFilter(_counted)

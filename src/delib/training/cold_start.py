@@ -3,8 +3,8 @@ then the answer, and nothing of the policy.
 
 In: the distilled examples and their prompts. Out: the everyday ones among them, without any sentence of the reasoning
 that names a clause or a category, and the recipe by which SFT takes them. Departure: the paper's RL-only arm starts
-from a model that reasons already; a chat model that answers at once would be rewarded for answers without reasoning,
-and RL would never see any.
+from a model that reasons already; a chat model answers at once, which has the lowest reward in all of a group, and RL
+would never see any reasoning.
 """
 
 from collections.abc import Iterable

@@ -17,7 +17,7 @@ from delib.spec import Spec
 
 WINDOW = 5
 """Steps that are read together: enough answers that a phrase of one prompt's subject is rare among them."""
-SPREADS, PAYS, TALKS, REFUSES, LONGER = 0.3, 0.7, 0.1, 0.3, 2.0
+SPREADS, PAYS, TALKS, REFUSES, LONGER, UNFORMED = 0.3, 0.7, 0.1, 0.3, 2.0, 0.2
 """From where a change is told to a person: a choice. In four runs of 4 to 20 steps, of 16 to 32 answers each, no phrase
 rose by more than 0.10, and over no five steps a word went with the reward by more than 0.47."""
 _GRADER = re.compile(
@@ -81,8 +81,9 @@ class Monitor:
         named: list[tuple[str, float]] = []
         for (sample, reward), made in completions:
             kind = kind_of(sample.prompt)
-            matches = values(sample, self.spec).get("reasoning_matches_answer")
-            named.append(("well_formed", float(made.finish == "stop")))
+            scored = values(sample, self.spec)
+            matches = scored["reasoning_matches_answer"]
+            named.append(("well_formed", scored["well_formed"] or 0.0))
             named.append(("repeated_8grams", repeated_share(made.text)))
             if made.reasoning is not None:
                 named.append(("reasoning_tokens", float(self.count(made.reasoning))))
@@ -137,6 +138,11 @@ class Monitor:
             name = f"refusals/{kind}"
             if last.get(name, 0.0) - first.get(name, 0.0) >= REFUSES:
                 told.append(f"refusals of {kind} prompts rose from {first.get(name, 0.0):.0%} to {last[name]:.0%}")
+        if round(first.get("well_formed", 0.0) - last.get("well_formed", 0.0), 9) >= UNFORMED:
+            told.append(
+                "completions that end by themselves with reasoning and an answer fell from "
+                f"{first['well_formed']:.0%} to {last['well_formed']:.0%}"
+            )
         if first.get("answer_tokens") and last.get("answer_tokens"):
             times = last["answer_tokens"] / first["answer_tokens"]
             if times >= LONGER or times <= 1 / LONGER:

@@ -22,7 +22,9 @@ from delib.training import processes
 from delib.training.monitor import Graded, Monitor
 
 MALFORMED_REWARD = 0.0
-"""The lowest reward, given without a judge call: malformed or truncated completions have no answer to judge."""
+"""The lowest reward, given without a judge call: malformed or truncated completions have no answer to judge. Where the
+recipe trains with reasoning it is the format reward too: a completion that ended properly without any reasoning gets
+it, since the judge sees the answer alone, and RL could lose the reasoning at no cost."""
 CUT_OFF = "cut off"
 """The drop reason of a completion that is out of its group's baseline."""
 EXPECTED = "expected answer"
@@ -91,8 +93,9 @@ class Reward:
     Reasoning and answer are parted from the completion's own tokens, decoded with special tokens and with what the
     template opened, so that no tag can vanish and let the judge read the reasoning. A completion that ends on none of
     the tokens `ends` was cut off. `cut_off_leaves`: then it has no reward; otherwise the lowest. `exact`: prompts with
-    expected answers or checks are rewarded by them and cost no judge call. `steps`: those that are done for good; their
-    samples are the monitor's start. `judge`: None in a process that does not lead.
+    expected answers or checks are rewarded by them and cost no judge call. `reasoning`: a completion without any has
+    the lowest reward. `steps`: those that are done for good; their samples are the monitor's start. `judge`: None in a
+    process that does not lead.
     """
 
     __name__ = "judged_answer"
@@ -111,10 +114,12 @@ class Reward:
         steps: int = 0,
         exact: bool = False,
         cut_off_leaves: bool = False,
+        reasoning: bool = True,
     ) -> None:
         self.prompts = {p.id: p for p in prompts}
         self.judge, self.run, self.spec, self.tokenizer, self.ends = judge, run, spec, tokenizer, ends
         self.folder, self.per_step, self.exact, self.cut_off_leaves = folder, per_step, exact, cut_off_leaves
+        self.reasoning = reasoning
         self.monitor = Monitor(spec, lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
         self.made = {s.index: s for s in folder.stream(Sample)}
         for step in range(steps):
@@ -132,12 +137,18 @@ class Reward:
     async def grade(self, index: int, prompt_id: str, sent: str, ids: Sequence[int]) -> Sample:
         """The graded sample of one completion: the one on disk where it is the same, else graded and written."""
         prompt, completion = self.prompts[prompt_id], self.completion(sent, ids)
+        judged = completion.finish == "stop" and (bool(completion.reasoning) or not self.reasoning)
         stored = self.made.get(index)
-        if stored is not None and stored.prompt.id == prompt_id and stored.completion == completion:
+        if (
+            stored is not None
+            and stored.prompt.id == prompt_id
+            and stored.completion == completion
+            and bool(stored.verdicts) == judged
+        ):
             return stored
         cut = not (ids and ids[-1] in self.ends)
         verdicts: list[Verdict] = []
-        if completion.finish == "stop":
+        if judged:
             verdicts = by_rule(completion, prompt) if self.exact else []
             if not verdicts:
                 assert self.judge is not None
