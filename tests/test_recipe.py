@@ -49,6 +49,12 @@ def test_quickstart_is_sound_and_survives_a_round_trip(tmp_path):
     assert recipe.load(copy) == loaded
 
 
+def test_what_is_cut_off_is_out_of_the_baseline_by_default():
+    for name in ("quickstart", "small", "gpu-24gb", "gpu-80gb", "gpu-8x80gb"):
+        file = recipe.RECIPES / f"{name}.yaml"
+        assert recipe.dump(recipe.load(file)) == recipe.dump(recipe.load(file, ["rl.cut_off=out"])), name
+
+
 def test_a_fitted_judge_has_three_members_and_a_model_as_many_runs_as_it_is_asked(monkeypatch):
     from delib import pipeline
 

@@ -183,9 +183,9 @@ class RlSection(Section):
     """As in sft."""
     exact_answers: bool = False
     """Prompts with expected answers or checks are rewarded by these, 1 or 0, and cost no judge call."""
-    cut_off: Literal["baseline", "out"] = "baseline"
-    """What becomes of a completion that is cut off below evaluate's `max_tokens`. It is out of the loss; `baseline`
-    counts it in its group's mean, with the lowest reward, and `out` leaves it out of that too."""
+    cut_off: Literal["baseline", "out"] = "out"
+    """What becomes of a completion that is cut off below evaluate's `max_tokens`. It is out of the loss; `out` leaves
+    it out of its group's mean too, and `baseline` counts it there, with the lowest reward."""
     rollouts: Literal["transformers", "llamacpp", "vllm", "vllm_server"] = "transformers"
     """Who writes the completions: the weights in training, the embedded server with them quantised to 8 bits, which is
     faster on a CPU, vLLM beside the training on its GPUs, or a vLLM server on port 8000 (docs/training.md). With all
