@@ -164,6 +164,26 @@ def test_kill_9_of_all_processes(wide_model, tmp_path):  # noqa: F811
     assert asked("broken") - asked("whole") <= 12, "at most what was in flight is asked about again"
 
 
+DEAD = """
+Told.fails_above = {above}
+run("run", recipe.Recipe(sft=BARE, rl=section(steps=2)), prompts_of_rows())
+"""
+
+
+@pytest.mark.slow
+def test_a_judge_that_grades_nothing_ends_all_processes(wide_model, tmp_path):  # noqa: F811
+    """The one that leads tells why, none waits for it, and the same command goes on."""
+    out = tmp_path / "two"
+    process = started(tmp_path, wide_model, out, DEAD.format(above=-1.0))
+    assert process.wait(timeout=300) != 0
+    assert "StageError: rl: step 1: the judge left all" in (tmp_path / "two.out").read_text()
+    process = started(tmp_path, wide_model, out, DEAD.format(above=1.0))
+    assert process.wait() == 0, (tmp_path / "two.out").read_text()[-3000:]
+    samples = StageFolder(out / "run").records(Sample)
+    assert [s.index for s in samples] == list(range(2 * 12))
+    assert not any(s.failure for s in samples)
+
+
 def test_what_rl_in_several_processes_can_not_take_is_told(tmp_path):
     def told(accelerate, **section):
         (tmp_path / "a.yaml").write_text(accelerate, encoding="utf-8")

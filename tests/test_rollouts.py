@@ -14,6 +14,7 @@ import pytest
 
 from conftest import ROWS
 from delib import recipe
+from delib.errors import StageError
 from delib.models import weights
 from delib.recipe import RlSection
 from delib.records import Message, Prompt, Sample, Verdict
@@ -34,7 +35,7 @@ def prompts_of_rows():
 class HashJudge:
     """A score of its own for each answer, and one failure in ten."""
 
-    name = "hash"
+    name, fails_above = "hash", 0.9
 
     def __init__(self) -> None:
         self.shown = []
@@ -42,14 +43,16 @@ class HashJudge:
     async def grade(self, prompt, completion, view, runs):
         self.shown.append((prompt.id, completion.answer))
         drawn = hashlib.sha256(completion.answer.encode()).digest()[0] / 256
+        fails = drawn > self.fails_above
         made = Verdict(
-            score=None if drawn > 0.9 else drawn,
+            score=None if fails else drawn,
             behaviour="comply",
             criteria={},
             reason="",
             view=view,
             judge=self.name,
             sent=completion.answer,
+            failure="nobody answers" if fails else None,
         )
         return [made] * runs
 
@@ -157,9 +160,9 @@ class Killed(Exception):
 
 
 class DyingJudge(HashJudge):
-    def __init__(self, after: int) -> None:
+    def __init__(self, after: int, fails_above: float = 0.9) -> None:
         super().__init__()
-        self.after = after
+        self.after, self.fails_above = after, fails_above
 
     async def grade(self, prompt, completion, view, runs):
         if len(self.shown) == self.after:
@@ -247,38 +250,41 @@ def test_vllm_writes_through_trl_and_its_rollouts_are_kept(wide_model, tmp_path,
     assert any("importance" in h for h in made.detail["curve"])
 
 
-def test_cut_off_out_is_zero_for_the_siblings_advantage_too(wide_model, tmp_path, monkeypatch):
-    """Through `run`: with `out` the advantages of those that ended are about each other alone."""
-    import torch
-
+@pytest.fixture
+def scored(monkeypatch):
+    """Fills with the advantages of each step and which of its rows are learned from."""
     from delib.training import grpo
 
-    seen = []
-    inner = grpo.trainer_class
+    seen, inner = [], grpo.trainer_class
 
     def watched(levers):
         class Watching(inner(levers)):
             def _generate_and_score_completions(self, inputs):
                 made = super()._generate_and_score_completions(inputs)
-                seen.append((made["advantages"], made["completion_mask"].any(1)))
+                seen.append((made["advantages"].tolist(), made["completion_mask"].any(1).tolist()))
                 return made
 
         return Watching
 
     monkeypatch.setattr(grpo, "trainer_class", watched)
-    section = RlSection(steps=1, prompts=2, group=8, max_tokens=16, scale_rewards="none", cut_off="out")
+    return seen
+
+
+def test_what_is_cut_off_is_zero_for_the_siblings_advantage_too(wide_model, tmp_path, scored):
+    """Through `run`: by default the advantages of those that ended are about each other alone."""
+    section = RlSection(steps=1, prompts=2, group=8, max_tokens=16, scale_rewards="none")
     folder = StageFolder(tmp_path)
     rl.run(recipe.Recipe(sft=BARE, rl=section), prompts_of_rows(), opened(HashJudge()), POLICY, wide_model, folder)
     samples = folder.records(Sample)
     cut = [s.drop_reason == "cut off" for s in samples]
     assert 0 < sum(cut) < len(cut)
-    [(advantages, learned)] = seen
-    assert learned.tolist() == [not c for c in cut]
+    [(advantages, learned)] = scored
+    assert learned == [not c for c in cut]
     for group in (range(8), range(8, 16)):
         rewards = [samples[n].score for n in group if not cut[n] and samples[n].failure is None]
-        given = [advantages[n].item() for n in group if not cut[n] and samples[n].failure is None]
+        given = [advantages[n] for n in group if not cut[n] and samples[n].failure is None]
         assert given == pytest.approx([r - sum(rewards) / len(rewards) for r in rewards], abs=1e-6)
-    assert not torch.any(advantages[torch.tensor(cut)])
+    assert not any(a for a, c in zip(advantages, cut, strict=True) if c)
 
 
 @pytest.fixture(scope="module")
@@ -301,24 +307,9 @@ def two_ends(tmp_path_factory, wide_model):
     return folder
 
 
-def test_what_the_server_ends_on_is_an_end(two_ends, tmp_path, monkeypatch):
+def test_what_the_server_ends_on_is_an_end(two_ends, tmp_path, scored):
     """llama.cpp knows `<|endoftext|>` by its text: such a completion was not cut off, is judged, and is learned from;
     after a kill too, when no server tells it again."""
-    from delib.training import grpo
-
-    seen = []
-    inner = grpo.trainer_class
-
-    def watched(levers):
-        class Watching(inner(levers)):
-            def _generate_and_score_completions(self, inputs):
-                made = super()._generate_and_score_completions(inputs)
-                seen.append(made["completion_mask"].any(1).tolist())
-                return made
-
-        return Watching
-
-    monkeypatch.setattr(grpo, "trainer_class", watched)
     section = RlSection(steps=1, prompts=2, group=8, max_tokens=24, rollouts="llamacpp")
     given, folder = recipe.Recipe(sft=BARE, rl=section), StageFolder(tmp_path)
     with pytest.raises(Killed):
@@ -333,12 +324,11 @@ def test_what_the_server_ends_on_is_an_end(two_ends, tmp_path, monkeypatch):
         short
     )
     assert all("endoftext" not in s.completion.answer for s in samples)
-    assert seen[-1] == short
+    assert scored[-1][1] == short
 
 
 def test_a_server_that_is_gone_stops_the_stage(two_ends, tmp_path, monkeypatch):
     """Its address answers no more: the stage's own error, with the cause, and no traceback of aiohttp's."""
-    from delib.errors import StageError
     from delib.models import embedded
 
     monkeypatch.setattr(embedded, "started", lambda _: type("Gone", (), {"listening_address": "http://127.0.0.1:9"}))

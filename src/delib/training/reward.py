@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Literal, Protocol
 
 from delib import chat
+from delib.errors import StageError
 from delib.evals.answers import refuses
 from delib.evals.checks import unmet
 from delib.judges.reading import broken, is_right
@@ -48,6 +49,13 @@ def reward_of(sample: Sample) -> float | None:
     if sample.failure is not None or sample.drop_reason == CUT_OFF:
         return None
     return MALFORMED_REWARD if sample.score is None else sample.score
+
+
+def unheard(samples: Sequence[Sample]) -> list[Sample]:
+    """All that the judge was asked about in a step, where it graded none of them: nothing is learned from such a step.
+    One alone is that sample's own failure."""
+    asked = [s for s in samples if any(v.judge != EXPECTED for v in s.verdicts)]
+    return asked if len(asked) > 1 and all(s.failure == "ungraded" for s in asked) else []
 
 
 def by_expected(completion: Completion, expected: list[str]) -> Verdict:
@@ -125,6 +133,18 @@ class Reward:
         for step in range(steps):
             samples = [self.made[n] for n in self.indices(step) if n in self.made]
             self.monitor.step(step, [Graded(s, reward_of(s)) for s in samples])
+        self._ask_again(steps)
+
+    def _ask_again(self, steps: int) -> None:
+        """Drop the ungraded samples of steps after the first `steps`, where the judge graded none of a step."""
+        later = {index // self.per_step for index in self.made} - set(range(steps))
+        lost = [
+            s.index for step in later for s in unheard([self.made[n] for n in self.indices(step) if n in self.made])
+        ]
+        for index in lost:
+            del self.made[index]
+        if lost and processes.leads():
+            self.close()
 
     def indices(self, step: int) -> range:
         return range(step * self.per_step, (step + 1) * self.per_step)
@@ -188,6 +208,13 @@ class Reward:
     ) -> tuple[list[float | None], dict[str, float]]:
         """The rewards of a whole step, and the monitor's figures. A row: prompt id, what was sent, the completion."""
         samples = self.run(together(*(self.grade(n, *row) for n, row in zip(self.indices(step), rows, strict=True))))
+        if lost := unheard(samples):
+            cause = next((v.failure or v.reason for v in lost[0].verdicts if v.score is None), "")
+            raise StageError(
+                f"rl: step {step + 1}: the judge left all {len(lost)} completions that it was asked about ungraded, "
+                f"first: {cause or lost[0].key}; mend it and run the same command again, which goes on and asks about "
+                "them anew"
+            )
         graded = [Graded(sample, reward_of(sample)) for sample in samples]
         figures = self.monitor.step(step, graded)
         told = {name: value for name, value in figures.items() if name != "step" and not isinstance(value, str)}
