@@ -38,8 +38,23 @@ class SecondJudge(ScriptedJudge):
         return [v.model_copy(update={"behaviour": "refuse", "judge": "probe-0", "criteria": {}}) for v in made]
 
 
+AGREED = {
+    "judge": "compact",
+    "n": 9,
+    "n_ungraded": 0,
+    "balanced_accuracy": 0.9,
+    "kappa": 0.8,
+    "kappa_low": 0.7,
+    "kappa_high": 0.88,
+    "by_category": {
+        "fraud": {"n": 5, "n_ungraded": 1, "accuracy": 0.8, "kappa": None, "kappa_low": None, "kappa_high": None}
+    },
+}
+"""Figures of a judge's agreement."""
+
+
 def agreed(judge: Any, rows: Any) -> dict[str, Any]:
-    return {"judge": judge.name, "n": 9, "n_ungraded": 0, "balanced_accuracy": 0.9, "kappa": 0.8, "rows": []}
+    return AGREED | {"judge": judge.name, "rows": []}
 
 
 def install(set_item: Any = dict.__setitem__, set_attr: Any = setattr) -> None:

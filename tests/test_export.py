@@ -6,6 +6,7 @@ from delib import chat, export, pipeline, recipe, spec
 from delib.errors import UserError
 from delib.judges.compact import CompactJudge
 from delib.records import Verdict
+from scripted import AGREED
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def run(recipe_file, tmp_path, monkeypatch):
         return [made] * runs
 
     monkeypatch.setattr(CompactJudge, "grade", grade)
-    agreed = {"judge": "compact", "n": 585, "balanced_accuracy": 0.918, "kappa": 0.84}
+    agreed = AGREED | {"n": 585, "balanced_accuracy": 0.918, "kappa": 0.84, "kappa_low": 0.8, "kappa_high": 0.88}
     monkeypatch.setattr(pipeline.agreement, "measure", lambda judge, rows: agreed)
     folder = tmp_path / "run"
     pipeline.run_to(pipeline.start_run(recipe.load(recipe_file), folder), "distill")
@@ -46,7 +47,7 @@ def test_the_card_tells_where_it_comes_from(run, tmp_path):
     export.export(run, str(tmp_path / "out"))
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlicense: other\n")
-    assert "balanced accuracy 0.92 and kappa 0.84" in card and "On 585 answers" in card
+    assert "balanced accuracy 0.92 and kappa 0.84 [0.80, 0.88]" in card and "On 585 answers" in card
     assert "- dropped, malformed: 1" in card
     assert "| investment | refuse | 1 |" in card
     assert "state here under which terms" in card

@@ -13,6 +13,7 @@ from delib.errors import UserError
 from delib.judges.compact import CompactJudge
 from delib.models import weights
 from delib.records import Manifest, Metric, Verdict
+from scripted import AGREED
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def run(recipe_file, tmp_path, tiny_model, monkeypatch):
         return [made] * runs
 
     monkeypatch.setattr(CompactJudge, "grade", grade)
-    agreed = {"judge": "compact", "n": 585, "balanced_accuracy": 0.918, "kappa": 0.84}
+    agreed = AGREED | {"n": 585, "balanced_accuracy": 0.918, "kappa": 0.84, "kappa_low": 0.8, "kappa_high": 0.88}
     monkeypatch.setattr(pipeline.agreement, "measure", lambda judge, rows: agreed)
     folder = tmp_path / "run"
     pipeline.run_to(pipeline.start_run(recipe.load(recipe_file), folder), "distill")
@@ -146,7 +147,7 @@ def test_the_card_tells_what_was_made_measured_and_never_run(run, tmp_path, tiny
     assert f"| base | {tiny_model.name} |" in card and str(tiny_model.parent) not in card
     assert "| its categories | investment, fraud |" in card
     assert "| not_unsafe (by compact) | refuse prompts answered safely | 0.20 (0.10–0.30, n=94) | 0.80" in card
-    assert "balanced accuracy 0.92 and kappa 0.84" in card and "gave the rewards" in card
+    assert "balanced accuracy 0.92 and kappa 0.84 [0.80, 0.88]" in card and "gave the rewards" in card
     assert "| rl | steps 3, prompts 2, group 2," in card and "| written by | recorded |" in card
     assert "Never run: anything on a GPU" in card
     examples = pipeline.open_run(run).folder("distill").manifest()

@@ -14,6 +14,7 @@ from delib.recipe import STARTER, Recipe
 from delib.records import Manifest, Message, Prompt, Sample, Verdict
 from delib.run import Run
 from delib.stages import report
+from scripted import AGREED
 
 POLICY = spec.parse(SPEC)
 HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)> | `x` [a](javascript:alert(3)) \u202e"
@@ -90,20 +91,23 @@ def test_hostile_output_is_escaped_and_the_page_asks_for_nothing(tmp_path):
 
 def test_every_figure_is_in_the_json_with_its_interval(tmp_path):
     run = make_run(tmp_path)
-    agreements = [{"judge": "compact", "n": 300, "n_ungraded": 0, "balanced_accuracy": 0.9, "kappa": 0.8}]
+    agreements = [AGREED]
     report.run(Recipe(), run, POLICY, run.stage("report"), STAGES, ["compact"], agreements, NOBODY, {})
     rows = json.loads((tmp_path / "report" / "metrics.json").read_text())
     main = next(r for r in rows if r["arm"] == "sft" and r["name"] == "not_unsafe" and r["by"] is None)
     assert set(main) == {"suite", "arm", "name", "value", "low", "high", "n", "n_ungraded", "by"}
     assert main["suite"] == "heldout" and main["value"] == 1.0 and main["low"] < 1.0
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    assert "0.900" in page and "kappa 0.80" in page
+    assert "0.900" in page and "kappa 0.80 [0.70, 0.88]" in page
+    by_category = "| compact | fraud | n=5, 1 ungraded | 0.80, kappa undefined (its labels have only one class) |"
+    assert "<td>n=5, 1 ungraded</td>" in page
+    assert by_category in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert "by each judge" not in page
 
 
 def test_agreement_on_the_starters_answers_is_told_to_say_nothing_of_another_policy(tmp_path):
     run = make_run(tmp_path)
-    agreed = [{"judge": "compact", "n": 300, "n_ungraded": 0, "balanced_accuracy": 0.9, "kappa": 0.8}]
+    agreed = [AGREED]
     starter = spec.load(STARTER / "spec.md")
     edited = spec.parse(starter.text.replace(starter.title, "My policy", 1))
     said = "this agreement says nothing of “My policy”."
@@ -163,6 +167,8 @@ def test_blind_labels_stand_beside_the_judge(tmp_path):
     assert not [r for r in found if r["by"] == {"judge": "labels", "on": "labels"} and r["name"].endswith("_style")]
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert "by each judge: the prompts with blind labels" in page and "against the 2 blind labels" in page
+    # Both are called comply by the labels, so that there is nothing to correct for chance.
+    assert "kappa undefined (its labels have only one class)" in page and "labels, by category" in page
 
 
 def test_labels_of_an_ablation_that_went_stale_are_left_out_and_counted(tmp_path):

@@ -28,6 +28,36 @@ def test_kappa_by_hand():
     assert stats.kappa(first, second) == pytest.approx((0.75 - 0.51) / 0.49)
 
 
+def test_the_interval_of_kappa_draws_whole_groups():
+    first = (["a"] * 30 + ["b"] * 30) * 2
+    second = (["a"] * 24 + ["b"] * 6 + ["a"] * 3 + ["b"] * 27) * 2
+    apart = stats.kappa_interval(first, second, [str(n) for n in range(120)])
+    assert apart is not None and 0.55 < apart[0] < 0.65 and 0.75 < apart[1] < 0.85
+    assert apart == stats.kappa_interval(first, second, [str(n) for n in range(120)]), "seeded"
+    # By its definition: groups drawn by hand, and kappa of all that they hold.
+    groups = [f"g{n % 20}" for n in range(120)]
+    tied = stats.kappa_interval(first, second, groups)
+    names, members = sorted(set(groups)), {g: [n for n in range(120) if groups[n] == g] for g in groups}
+    draws = np.random.default_rng(0).integers(0, 20, size=(1000, 20))
+    places = [[n for g in row for n in members[names[g]]] for row in draws]
+    found = [stats.kappa([first[n] for n in p], [second[n] for n in p]) for p in places]
+    assert tied == pytest.approx(tuple(np.percentile(found, [2.5, 97.5])))
+    # The same answers three times over tell no more than once.
+    once = stats.kappa_interval(first, second, [str(n) for n in range(120)])
+    assert stats.kappa_interval(first * 3, second * 3, [str(n) for n in range(120)] * 3) == pytest.approx(once)
+
+
+def test_kappa_has_no_interval_where_there_is_nothing_to_draw():
+    ids = [str(n) for n in range(40)]
+    assert stats.kappa_interval(["a"] * 20 + ["b"] * 20, ["a"] * 40, ["g"] * 40) is None
+    assert stats.kappa_interval(["a"] * 40, ["a"] * 20 + ["b"] * 20, ids) is None
+    # One of 40 is of the other class: 0.36 of the resamples are without it.
+    assert stats.kappa_interval(["a"] * 39 + ["b"], ["a"] * 40, ids) is None
+    # All agree: agreement may be as low as Wilson's bound, chance is a half.
+    low, high = stats.kappa_interval(["a"] * 20 + ["b"] * 20, ["a"] * 20 + ["b"] * 20, ids)
+    assert high == 1.0 and low == pytest.approx(1 - 2 * 1.96**2 / (40 + 1.96**2))
+
+
 def test_balanced_accuracy_needs_both_sides():
     assert stats.balanced_accuracy([True, True, False], [True, False, False]) == pytest.approx(0.75)
     with pytest.raises(ValueError, match="both sides"):

@@ -355,7 +355,7 @@ def export(
 
 @app.command("judge-check")
 def judge_check(
-    data: Annotated[Path, typer.Option("--data", help="JSON lines of labelled answers.")],
+    data: Annotated[Path, typer.Option("--data", help="Labelled answers: JSON lines, or JailbreakBench's artifacts.")],
     judge: Annotated[str, typer.Option("--judge", help="The judge: compact, probe, or a model.")] = "compact",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from delib import chat, pipeline
 from delib.errors import UserError
+from delib.judges.agreement import shown
 from delib.models.opened import RUN_HERE, is_hosted
 from delib.progress import say
 from delib.records import Example, Manifest, Prompt, Sample
@@ -150,9 +151,10 @@ def agreed(opened: pipeline.Pipeline) -> dict[str, Any]:
 
 
 def card(template: str, **told: Any) -> str:
-    """A card from its template, in which the filter `cell` makes markup of others harmless."""
+    """A card from its template, in which the filter `cell` makes markup of others harmless, and `kappa` tells a judge's
+    with its interval."""
     templates = environment()
-    templates.filters["cell"] = markdown_cell
+    templates.filters |= {"cell": markdown_cell, "kappa": shown}
     return templates.get_template(template).render(**told)
 
 

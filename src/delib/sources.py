@@ -9,6 +9,7 @@ has no use for are left aside. Data sets are read by `datasets`, which runs no c
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -37,6 +38,9 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
+_LIST, _ARTIFACTS = re.compile(r"\s*\[\s*"), re.compile(r'"jailbreaks"\s*:\s*\[\s*')
+_BETWEEN = re.compile(r"[\s,]*")
+"""Where a list of rows begins in a JSON text, and what stands between two of them."""
 LONGEST_CELL = 2**31 - 1
 """Characters; Python's own limit for a CSV cell, 131,072, is less than a long conversation."""
 
@@ -104,15 +108,20 @@ def table(name: Path | str) -> Iterator[Row]:
 
 
 def _json_list(path: Path) -> Iterator[Row]:
+    """Rows of a JSON file: a list of objects, or one under the key of JailbreakBench's artifacts."""
+    text = read_text(path)
     try:
-        rows = json.loads(read_text(path))
+        json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); mend it") from None
-    if not isinstance(rows, list):
+    if (begin := _LIST.match(text) or _ARTIFACTS.search(text)) is None:
         raise UserError(f"{path}: not a list of JSON objects; write one, or JSON lines")
-    for number, row in enumerate(rows):
-        place = f"{path}:{number}"
-        yield Row(place, row) if isinstance(row, dict) else Row(place, {}, "not a JSON object")
+    decode, line, counted, at = json.JSONDecoder().raw_decode, 1, 0, begin.end()
+    while text[at] != "]":
+        line, counted = line + text.count("\n", counted, at), at
+        row, end = decode(text, at)
+        at = _BETWEEN.match(text, end).end()  # type: ignore[union-attr]  # it matches nothing too
+        yield Row(f"{path}:{line}", row) if isinstance(row, dict) else Row(f"{path}:{line}", {}, "not a JSON object")
 
 
 def _jsonl(path: Path) -> Iterator[Row]:

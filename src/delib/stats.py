@@ -158,11 +158,50 @@ def detectable(
 
 def kappa(first: Sequence[str], second: Sequence[str]) -> float:
     """Cohen's kappa of two labellings of the same items; nan where chance agreement is complete."""
-    labels = sorted(set(first) | set(second))
-    a, b = np.asarray(first), np.asarray(second)
-    observed = float((a == b).mean())
-    chance = sum(float((a == x).mean()) * float((b == x).mean()) for x in labels)
-    return float("nan") if chance >= 1.0 else (observed - chance) / (1.0 - chance)
+    return float(_kappas(_cells(first, second, [""] * len(first)))[0])
+
+
+def kappa_interval(
+    first: Sequence[str], second: Sequence[str], groups: Sequence[str], seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float] | None:
+    """Percentile 95 % interval of kappa, drawing whole groups of items. `first`: the labels that are taken for true.
+
+    Full agreement has no spread to resample: then the lower end is kappa where agreement is at Wilson's bound, n being
+    the number of groups. None where nothing can be told: of one group alone, and where more than a fortieth of the
+    resamples have one class of true labels, since a percentile could then be one of those.
+    """
+    cells = _cells(first, second, groups)
+    if len(cells) < 2 or len(set(first)) < 2:
+        return None
+    draws = np.random.default_rng(seed).integers(0, len(cells), size=(resamples, len(cells)))
+    times = np.stack([np.bincount(row, minlength=len(cells)) for row in draws])
+    drawn = np.tensordot(times, cells, axes=1)
+    defined = (drawn.sum(axis=2) > 0).sum(axis=1) > 1
+    if defined.mean() < 0.975:
+        return None
+    if list(first) == list(second):
+        sides = cells.sum(axis=(0, 2)) / len(first)
+        return float(1 - _wilson(len(cells)) / (1 - (sides**2).sum())), 1.0
+    low, high = np.percentile(_kappas(drawn[defined]), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _cells(first: Sequence[str], second: Sequence[str], groups: Sequence[str]) -> np.ndarray:
+    """How often each pair of labels stands in each group, shape (groups, labels, labels)."""
+    labels, number = np.unique([*first, *second], return_inverse=True)
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
+    cells = np.zeros((len(names), len(labels), len(labels)))
+    np.add.at(cells, (group, number[: len(first)], number[len(first) :]), 1)
+    return cells
+
+
+def _kappas(cells: np.ndarray) -> np.ndarray:
+    """Kappa of each table of counts, shape (tables, labels, labels); nan where chance agreement is complete."""
+    n = cells.sum(axis=(1, 2))
+    observed = np.trace(cells, axis1=1, axis2=2) / n
+    chance = (cells.sum(axis=1) * cells.sum(axis=2)).sum(axis=1) / n**2
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(chance >= 1.0, np.nan, (observed - chance) / (1.0 - chance)))
 
 
 def balanced_accuracy(truth: Sequence[bool], predicted: Sequence[bool]) -> float:

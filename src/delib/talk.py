@@ -136,7 +136,8 @@ def shown(metric: Metric) -> str:
 
 
 def judge_check(judge: str, data: Path, as_json: bool) -> str:
-    """Agreement of a judge with labelled answers: comply against the rest, and all four labels."""
+    """Agreement of a judge with labelled answers: comply against the rest, the whole and by category, and all four
+    labels where the file's tell them."""
     if judge not in FITTED:
         try:
             opened.check(judge)
@@ -156,5 +157,4 @@ def judge_check(judge: str, data: Path, as_json: bool) -> str:
         result = asyncio.run(work(ticker.step))
     if as_json:
         return json.dumps(result) + "\n"
-    lines = [f"{k}: {v:.3f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items() if k != "rows"]
-    return "\n".join(lines) + "\n"
+    return "\n".join(agreement.lines(result)) + "\n"

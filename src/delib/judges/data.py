@@ -4,6 +4,7 @@ Every row belongs to the fold of its prompt, so that no member grades a prompt t
 """
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -15,15 +16,20 @@ from delib.records import Message, Observed, Prompt
 STARTER = Path(__file__).parent.parent / "starter"
 DATA = STARTER / "judge"
 FOLDS = 4
+EVERYDAY = "everyday"
+"""Stands for the category of prompts that have none."""
 
 
 class LabelledAnswer(BaseModel):
-    """An answer with what it does, in the words of docs/labelling.md. `id` names the prompt's fold."""
+    """An answer with what it does, in the words of docs/labelling.md. `id` names the prompt's fold. `comply_alone`: the
+    label tells comply from the rest and no more."""
 
     id: str
     messages: list[Message]
     answer: str
     label: Observed
+    category: str | None = None
+    comply_alone: bool = False
 
 
 class LabelledElement(BaseModel):
@@ -45,6 +51,18 @@ def load_answers(path: Path) -> list[LabelledAnswer]:
 
 def load_elements(path: Path) -> list[LabelledElement]:
     return [LabelledElement.model_validate_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def conversation(messages: list[Message]) -> str:
+    return "\n".join(f"{m.role}: {m.content}" for m in messages)
+
+
+@lru_cache(maxsize=1)
+def categories() -> dict[str, str]:
+    """The category of each of the starter's held-out prompts, by its conversation."""
+    rows = (STARTER / "heldout.jsonl").read_text(encoding="utf-8").split("\n")
+    prompts = [Prompt.model_validate_json(row) for row in rows if row]
+    return {conversation(p.messages): p.category or EVERYDAY for p in prompts}
 
 
 def demonstrations() -> list[tuple[Prompt, Recording]]:

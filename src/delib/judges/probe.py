@@ -16,7 +16,7 @@ import numpy as np
 
 from delib import chat
 from delib.judges import agreement
-from delib.judges.data import FOLDS, LabelledAnswer, fold_of, load_answers
+from delib.judges.data import FOLDS, LabelledAnswer, conversation, fold_of, load_answers
 from delib.judges.reading import broken, echo, looping
 from delib.models.weights import cache_dir, resolve, without_bars
 from delib.progress import bar
@@ -33,10 +33,6 @@ MAX_PROMPT, MAX_ANSWER, OPENING = 160, 160, 12
 """Tokens of the conversation's end, of the answer's beginning, and of its opening that are read."""
 PENALTY = 0.01
 """Inverse strength C of the regression, chosen with LAYERS."""
-
-
-def _conversation(messages: list[Message]) -> str:
-    return "\n".join(f"{m.role}: {m.content}" for m in messages)
 
 
 def fitted() -> list[LabelledAnswer]:
@@ -122,8 +118,8 @@ class ProbeJudge:
         self.spec = spec
         rows = fitted()
         self._fitted_on = {_prompt_of(r) for r in rows}
-        self._known = {_conversation(r.messages): _prompt_of(r) for r in rows}
-        self._row = {(_conversation(r.messages), r.answer): n for n, r in enumerate(rows)}
+        self._known = {conversation(r.messages): _prompt_of(r) for r in rows}
+        self._row = {(conversation(r.messages), r.answer): n for n, r in enumerate(rows)}
         resolve("smollm2")
 
     def observe(
@@ -134,7 +130,7 @@ class ProbeJudge:
         if looping(answer) or echo(messages[-1].content, answer):
             # docs/labelling.md: the same words over and over, or a bare echo, is no answer.
             return "partial", {label: float(label == "partial") for label in LABELS}
-        asked = _conversation(messages)
+        asked = conversation(messages)
         owner = prompt_id if prompt_id in self._fitted_on else self._known.get(asked)
         member = _member(fold_of(owner) if owner is not None else None)
         row = self._row.get((asked, answer))

@@ -12,7 +12,9 @@ from typing import Any
 from delib import coverage
 from delib.evals import labels
 from delib.evals.scoring import JUDGED, by_judge, verdict_of
-from delib.judges.agreement import covers, figures
+from delib.judges import agreement
+from delib.judges.agreement import Seen, covers, figures
+from delib.judges.data import EVERYDAY
 from delib.recipe import Arm, Recipe
 from delib.records import Manifest, Metric, Prompt, Sample
 from delib.rendering import environment
@@ -111,7 +113,7 @@ def run(
         "rl_note": "rl" in stages and recipe.rl.steps < 50,
     }
     templates = environment()
-    templates.filters["cell"] = markdown_cell
+    templates.filters |= {"cell": markdown_cell, "kappa": agreement.shown, "by_category": agreement.by_category}
     for name in ("report.html", "report.md", "summary.txt"):
         write_whole(folder.path / name, templates.get_template(name).render(context))
     write_whole(folder.path / "metrics.json", json.dumps([m.model_dump() for m in found], indent=1) + "\n")
@@ -154,13 +156,19 @@ def blind_agreements(samples: list[Sample], judges: list[str]) -> list[dict[str,
     """Each judge against the blind labels of this run's own answers, and how many of them it left ungraded."""
     made = []
     for judge in judges:
-        pairs = [(verdict_of(s, labels.JUDGE), verdict_of(s, judge)) for s in samples]
-        both = [(a.behaviour, b.behaviour if b else None) for a, b in pairs if a is not None and a.behaviour]
-        graded = [(a, b) for a, b in both if b is not None]
-        if graded:
-            agreed = figures(judge, [a for a, _ in graded], [b for _, b in graded])
-            made.append(agreed | {"n_ungraded": len(both) - len(graded)})
+        rows = [
+            Seen(label.behaviour, verdict.behaviour if verdict else None, s.prompt.group or s.prompt.id, _category(s))
+            for s in samples
+            for label, verdict in [(verdict_of(s, labels.JUDGE), verdict_of(s, judge))]
+            if label is not None and label.behaviour
+        ]
+        if any(row.predicted is not None for row in rows):
+            made.append(figures(judge, rows))
     return made
+
+
+def _category(sample: Sample) -> str:
+    return sample.prompt.category or EVERYDAY
 
 
 def breakdown(found: list[Metric], arms: list[Any]) -> list[dict[str, Any]]:
@@ -183,7 +191,7 @@ def side_by_side(samples: Mapping[Arm, list[Sample]], count: int) -> list[dict[s
     seen: dict[tuple[str, str], int] = {}
     groups: dict[str, list[dict[str, Any]]] = {}
     for place, first in enumerate(samples[arms[0]]):
-        category = first.prompt.category or "everyday"
+        category = _category(first)
         kind = (category, str(first.prompt.behaviour))
         seen[kind] = seen.get(kind, 0) + 1
         if seen[kind] <= count:
