@@ -65,12 +65,15 @@ def chosen(answer: str, options: Mapping[str, str]) -> str | None:
     """The letter of the option that an answer chooses.
 
     A letter that is said to be the answer counts first, then one that the answer opens with or is put in brackets, then
-    the text of exactly one option. Two that contradict each other are no choice.
+    the text of exactly one option. Two that contradict each other are no choice. In lower case a letter must be said to
+    be the answer or stand in brackets, and an "a" with a word after it is the article.
     """
     letters = "".join(options)
     text = plain(answer).strip()
+    marked, lower = r"(?i:answer|option|choice)(?i: is)?\s*:?\s*[*(]*", letters.lower()
     for pattern in (
-        rf"(?i:answer|option|choice)(?i: is)?\s*:?\s*[*(]*([{letters}])\b(?!')",
+        rf"{marked}([{letters}])\b(?!')",
+        rf"{marked}([{lower}])(?![\w'/-]|\.\w)(?!(?<=a)[ \t]+\S)",
         rf"^\W*([{letters}])(?:[).:*]|\s*$)",
         rf"\(([{letters}{letters.lower()}])\)",
     ):
