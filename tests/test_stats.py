@@ -51,8 +51,9 @@ def test_kappa_has_no_interval_where_there_is_nothing_to_draw():
     ids = [str(n) for n in range(40)]
     assert stats.kappa_interval(["a"] * 20 + ["b"] * 20, ["a"] * 40, ["g"] * 40) is None
     assert stats.kappa_interval(["a"] * 40, ["a"] * 20 + ["b"] * 20, ids) is None
+    assert stats.kappa_interval(["a"] * 20 + ["b"] * 20, ["a"] * 40, ids) is None
     # One of 40 is of the other class: 0.36 of the resamples are without it.
-    assert stats.kappa_interval(["a"] * 39 + ["b"], ["a"] * 40, ids) is None
+    assert stats.kappa_interval(["a"] * 39 + ["b"], ["a"] * 38 + ["b"] * 2, ids) is None
     # All agree: agreement may be as low as Wilson's bound, chance is a half.
     low, high = stats.kappa_interval(["a"] * 20 + ["b"] * 20, ["a"] * 20 + ["b"] * 20, ids)
     assert high == 1.0 and low == pytest.approx(1 - 2 * 1.96**2 / (40 + 1.96**2))

@@ -167,11 +167,12 @@ def kappa_interval(
     """Percentile 95 % interval of kappa, drawing whole groups of items. `first`: the labels that are taken for true.
 
     Full agreement has no spread to resample: then the lower end is kappa where agreement is at Wilson's bound, n being
-    the number of groups. None where nothing can be told: of one group alone, and where more than a fortieth of the
-    resamples have one class of true labels, since a percentile could then be one of those.
+    the number of groups. None where nothing can be told: of one group alone, where a side has one class alone (kappa is
+    0 or undefined in every resample), and where more than a fortieth of the resamples have one class of true labels,
+    since a percentile could then be one of those.
     """
     cells = _cells(first, second, groups)
-    if len(cells) < 2 or len(set(first)) < 2:
+    if min(len(cells), len(set(first)), len(set(second))) < 2:
         return None
     draws = np.random.default_rng(seed).integers(0, len(cells), size=(resamples, len(cells)))
     times = np.stack([np.bincount(row, minlength=len(cells)) for row in draws])

@@ -184,7 +184,7 @@ def shown(told: dict[str, Any]) -> str:
     if told["kappa"] is None:
         return "kappa undefined (" + ("its labels have only one class" if told["n"] else "nothing was graded") + ")"
     if told["kappa_low"] is None:
-        return f"kappa {told['kappa']:.2f} (too few for an interval)"
+        return f"kappa {told['kappa']:.2f} (no interval)"
     return f"kappa {told['kappa']:.2f} [{told['kappa_low']:.2f}, {told['kappa_high']:.2f}]"
 
 
