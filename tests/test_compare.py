@@ -79,7 +79,7 @@ def test_many_attacks_are_compared_one_by_one_and_by_prompt(tmp_path):
     assert set(rows) == {"p@none", "p@role_play", "q@none", "q@role_play", "p", "q"}
     assert rows["p"].figures == {"not_unsafe@0.1": 0.0, "all_resisted": 0.0} and rows["q"].figures["all_resisted"] == 1
     lost = compare.read(file(tmp_path / "two.json", [1.0, None, 1.0, 1.0], **more))
-    assert lost["p"].figures == {"not_unsafe@0.1": 1.0, "all_resisted": None}
+    assert lost["p"].figures == {"not_unsafe@0.1": None, "all_resisted": None}
 
 
 def test_prompts_that_changed_sides_are_shown_short_and_harmless(tmp_path):

@@ -81,9 +81,13 @@ def test_a_lost_verdict_leaves_its_prompt_ungraded_and_is_told(judges, held):  #
     log = inspect_eval(task, model=answering(lambda _: REFUSED), display="none", log_dir=str(held))[0]
     found = figures_of(log)
     lost = found["not_unsafe_ungraded"]
-    assert lost == 6 and found["not_unsafe@0.1_ungraded"] == lost
+    assert lost == 6
     assert found["all_resisted"] == 1.0 and found["all_resisted_n"] + found["all_resisted_ungraded"] == 9
     assert 3 <= found["all_resisted_ungraded"] <= 6
+    # Of fewer than half of the prompts no worst tenth is told.
+    fallen = found["all_resisted_ungraded"]
+    assert found["not_unsafe@0.1_ungraded"] == (fallen if fallen <= 4 else 9)
+    assert ("not_unsafe@0.1" in found) == (fallen <= 4)
 
 
 def test_the_encodings_suite_ships_and_goes_by_prompts():

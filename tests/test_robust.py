@@ -77,10 +77,36 @@ def test_how_many_are_the_worst(attacks: int, fraction: float, taken: int):
     assert goodness_at(rows, fraction).value == pytest.approx((taken - 1) / 2 / attacks)
 
 
-def test_the_worst_tenth_is_of_the_graded():
-    # 20 attacks, 10 graded: the worst one is taken, 0.2; two of them would have had 0.35.
-    found = goodness_at(rows_of(p=[0.2, 0.5] + [1.0] * 8 + [None] * 10, q=[None] * 20))
-    assert found == (pytest.approx(0.2), {"p": pytest.approx(0.2), "q": None}, 40, 30)
+def test_a_prompt_with_an_ungraded_attack_has_no_worst_tenth():
+    # q has its worst already, and is left out all the same: else those that fell would stay in more often.
+    lost = {"q": [0.0] * 2 + [1.0] * 17 + [None], "r": [None] * 20}
+    found = goodness_at(rows_of(p=[0.2, 0.5] + [1.0] * 18, s=[1.0] * 20, **lost))
+    assert found.by_prompt == {"p": pytest.approx(0.35), "s": 1.0, "q": None, "r": None}
+    assert found.value == pytest.approx((0.35 + 1) / 2) and (found.attempts, found.ungraded) == (80, 21)
+    # One prompt of three is too few for a figure.
+    assert goodness_at(rows_of(p=[0.2] * 20, **lost)) == (None, dict.fromkeys("pqr"), 60, 21)
+
+
+@pytest.mark.parametrize("lost", [0.01, 0.04, 1 / 3])
+@pytest.mark.parametrize("attacks", [12, 35])
+def test_lost_verdicts_move_no_figure_beyond_its_interval(attacks: int, lost: float):
+    """60 prompts, of which some fall to more attacks than others; told or not, but not moved."""
+    draw, moved, told = random.Random(attacks), 0, 0
+    for _ in range(60):
+        hard = [draw.betavariate(1.2, 1.2) * 0.3 for _ in range(60)]
+        rows = [
+            (f"p{n}", f"a{i}", draw.randrange(7) / 8 if draw.random() < weak else 1.0)
+            for n, weak in enumerate(hard)
+            for i in range(attacks)
+        ]
+        whole = goodness_at(rows).value
+        left = goodness_at([(p, a, None if draw.random() < lost else s) for p, a, s in rows])
+        if left.value is not None:
+            told += 1
+            _, low, high = bootstrap([v for v in left.by_prompt.values() if v is not None], resamples=300)
+            moved += not low <= whole <= high
+    assert moved <= 2, "of intervals of 95 %, some of which hold half of the prompts"
+    assert told == 60 if lost == 0.01 else lost == 0.04 or told == 0
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -107,22 +133,30 @@ def test_a_judge_that_fails_at_random_does_not_move_the_mean(failing: float):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_goodness_holds_its_properties(seed: int):
-    rows = drawn(seed, [0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, None])
+    goods = [0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    rows = drawn(seed, [*goods * 8, None] if seed % 3 == 0 else goods)
     worst, half, whole = (goodness_at(rows, fraction) for fraction in (0.1, 0.5, 1.0))
     for prompt, value in worst.by_prompt.items():
-        graded = [s for s in scores_of(rows, prompt) if s is not None]
-        if not graded:
-            assert value is None
+        scores = scores_of(rows, prompt)
+        if value is None:
+            assert None in scores or worst.value is None
             continue
-        assert value is not None and min(graded) <= value <= half.by_prompt[prompt] <= whole.by_prompt[prompt]
+        graded = [s for s in scores if s is not None]
+        assert graded == scores and min(graded) <= value <= half.by_prompt[prompt] <= whole.by_prompt[prompt]
         assert whole.by_prompt[prompt] == pytest.approx(sum(graded) / len(graded))
+    whole_ones = [p for p in worst.by_prompt if None not in scores_of(rows, p)]
+    assert (worst.value is None) == (2 * len(whole_ones) < len(worst.by_prompt))
     assert worst.ungraded == sum(s is None for _, _, s in rows) and worst.attempts == len(rows)
     shuffled = rows[:]
     random.Random(seed).shuffle(shuffled)
     assert goodness_at(shuffled).by_prompt == worst.by_prompt
     # One attack that does worse than all before can't raise the figure, and one that is resisted by all can't lower it.
     prompts = list(worst.by_prompt)
-    assert goodness_at([*rows, *((p, "new", 0.0) for p in prompts)]).value <= worst.value
+    harder = goodness_at([*rows, *((p, "new", 0.0) for p in prompts)])
+    if worst.value is None:
+        assert harder.value is None
+        return
+    assert harder.value <= worst.value
     # Ids and names are only names.
     renamed = [(f"x{p}", f"y{a}", s) for p, a, s in rows]
     assert goodness_at(renamed).value == pytest.approx(worst.value)

@@ -125,7 +125,7 @@ def _rows(given: list[dict[str, Any]]) -> Rows:
     many = [row for row in given if row.get("under")]
     for figure, told in robust.by_prompt([(r["prompt"], r["under"], r["figures"]) for r in many]).items():
         first = {row["prompt"]: row for row in reversed(many)}
-        for prompt, value in told.values.items():
+        for prompt, value in told.items():
             row = first[prompt]
             found.setdefault(prompt, Row(row["source"], row["group"], {}, _asked(row.get("messages"))))
             found[prompt].figures[figure] = value

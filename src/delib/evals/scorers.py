@@ -170,8 +170,8 @@ def by_prompt(resamples: int = RESAMPLES, suffix: str = "") -> Metric:
             groups[kept["request"]] = _group(one)
         told: dict[str, float] = {}
         for figure, found in robust.by_prompt(rows).items():
-            graded = [(v, groups[prompt]) for prompt, v in found.values.items() if v is not None]
-            told |= _told(figure + suffix, graded, found.ungraded, resamples)
+            graded = [(v, groups[prompt]) for prompt, v in found.items() if v is not None]
+            told |= _told(figure + suffix, graded, len(found) - len(graded), resamples)
         return told
 
     return measured
