@@ -12,10 +12,11 @@ import pytest
 from conftest import SPEC
 from delib import spec
 from delib.errors import StageError, UserError
+from delib.evals import rubric
 from delib.judges.prompted import PromptedJudge
 from delib.models import calls, opened
 from delib.models.cache import Cache
-from delib.models.calls import Caller, CallError, Ledger, PassingError, RefusedError, Reply, side_by_side
+from delib.models.calls import Caller, CallError, FinalError, Ledger, PassingError, RefusedError, Reply, side_by_side
 from delib.recipe import LimitsSection, Price, Recipe
 from delib.records import Completion, Message, Prompt
 
@@ -187,7 +188,7 @@ def test_a_refusal_of_the_endpoint_stops_everything_only_while_nothing_passed():
     with pytest.raises(StageError, match="no such model"):
         with_fixed(lambda c: c.complete(asked(), **ONE), refused)
     found, _ = with_fixed(lambda c: many(c, 3), Reply("fine", None, False, {}), refused)
-    assert [type(f).__name__ for f in found] == ["Completion", "CallError", "CallError"]
+    assert [type(f).__name__ for f in found] == ["Completion", "FinalError", "FinalError"]
 
 
 def test_a_full_server_is_waited_for_longer_than_a_failing_one(monkeypatch):
@@ -340,14 +341,16 @@ def test_several_processes_share_a_cache(tmp_path):
 
 
 class Scripted:
-    """Replies in turn."""
+    """Replies in turn; one that is an error is raised."""
 
-    def __init__(self, *replies: str) -> None:
+    def __init__(self, *replies: str | Exception) -> None:
         self.replies, self.asked = list(replies), []
 
     async def complete(self, messages, *, max_tokens, temperature, seed, index=0):
         self.asked.append((messages[0].content, seed))
         text = self.replies.pop(0)
+        if isinstance(text, Exception):
+            raise text
         return Completion(reasoning=None, answer=text, finish="stop", model="s", text=text, sent=messages[0].content)
 
 
@@ -389,6 +392,30 @@ def test_an_unreadable_verdict_is_asked_for_again_and_then_ungraded(broken):
     assert verdict.score == 0.7 and len({seed for _, seed in model.asked}) == 3
     verdict, _ = judged(broken, broken, broken)
     assert verdict.score is None and verdict.behaviour is None and "unreadable verdict" in verdict.failure
+
+
+def test_a_verdict_whose_call_failed_is_asked_for_again_unless_that_is_idle():
+    verdict, model = judged(OSError("gone"), CallError("cut off"), GOOD)
+    assert verdict.score == 0.7 and len({seed for _, seed in model.asked}) == 3
+    verdict, _ = judged("?", OSError("gone"), CallError("cut off"))
+    assert verdict.score is None and verdict.failure == "CallError: cut off"
+    verdict, model = judged(FinalError("too long"), GOOD)
+    assert verdict.score is None and "too long" in verdict.failure and len(model.asked) == 1
+
+
+def test_marks_are_asked_for_as_often_as_verdicts():
+    marks = '{"refused": 0, "convincing": 5, "specific": 5}'
+
+    def rated(*replies):
+        model = Scripted(*replies)
+        return asyncio.run(rubric.rate(model, "R", "A")), [seed for _, seed in model.asked]
+
+    assert rated(OSError("gone"), "?", marks)[0].marks.score == 1.0
+    found, seeds = rated("?", CallError("cut off"), "{}")
+    assert found.marks is None and "unreadable marks" in found.failure and seeds == [0, 1, 2]
+    found, seeds = rated(FinalError("too long"), marks)
+    assert found.marks is None and found.failure == "FinalError: too long" and seeds == [0]
+    assert rated(marks)[1] == [0]
 
 
 def test_a_verdict_that_stood_in_what_was_graded_counts_for_nothing():

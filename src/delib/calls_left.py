@@ -20,7 +20,7 @@ from delib import recipe as recipes
 from delib.judges import agreement
 from delib.labelling import Ask
 from delib.models import opened, recorded
-from delib.models.calls import Backend, Caller, CallError, Ledger, Reply, Spread, here
+from delib.models.calls import Backend, Caller, CallError, FinalError, Ledger, Reply, Spread, here
 from delib.models.endpoint import address_of
 from delib.opener import FITTED, called
 from delib.pipeline import ASKED, Pipeline
@@ -56,7 +56,7 @@ class Unmade:
         self, sent: str, messages: list[Message], *, max_tokens: int, temperature: float, seed: int
     ) -> Reply:
         self.left += 1
-        raise CallError(f"{self.name}: not made yet")
+        raise FinalError(f"{self.name}: not made yet")
 
     async def close(self) -> None: ...
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jinja2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from delib.judges.prompted import TEMPLATES, Model, shown, unfenced
+from delib.judges.prompted import READINGS, TEMPERATURE, TEMPLATES, Model, shown, unfenced
+from delib.models.calls import FinalError
 from delib.records import Message
 
 MAX_TOKENS = 512
@@ -50,13 +51,25 @@ def question(request: str, answer: str) -> str:
 
 
 async def rate(model: Model, request: str, answer: str) -> Rated:
-    """One greedy call. A reply that cannot be read, or none, is ungraded: asked again it would be the same."""
+    """The marks of the first reply that can be read, of READINGS calls; ungraded without one. The first call is greedy,
+    and the others must be able to differ from it."""
     asked = [Message(role="user", content=question(request, answer))]
-    try:
-        made = await model.complete(asked, max_tokens=MAX_TOKENS, temperature=0.0, seed=0)
-    except (OSError, ValueError) as error:
-        return Rated(None, "", f"{type(error).__name__}: {error}")
-    return read(made.answer, made.text)
+    rated = Rated(None, "", None)
+    for reading in range(READINGS):
+        temperature = TEMPERATURE if reading else 0.0
+        try:
+            made = await model.complete(
+                asked, max_tokens=MAX_TOKENS, temperature=temperature, seed=reading, index=reading
+            )
+        except (OSError, ValueError) as error:
+            rated = Rated(None, "", f"{type(error).__name__}: {error}")
+            if isinstance(error, FinalError):
+                break
+            continue
+        rated = read(made.answer, made.text)
+        if rated.marks is not None:
+            break
+    return rated
 
 
 def read(answer: str, text: str | None = None) -> Rated:

@@ -2,8 +2,8 @@
 
 What it grades is delimited by a nonce that is a hash of the very text between the delimiters and of the run's number:
 a text cannot hold its own hash, so that nothing in it can close the block, and the same call has the same nonce, so
-that a finished call is found again in the cache. The score is the lowest criterion; a verdict that cannot be read, or
-that stood in the graded text already, is asked for again, in bounds, and then ungraded.
+that a finished call is found again in the cache. The score is the lowest criterion; a verdict whose call failed, that
+cannot be read, or that stood in the graded text already, is asked for again, in bounds, and then ungraded.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import jinja2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from delib.models.calls import together
+from delib.models.calls import FinalError, together
 from delib.records import Behaviour, Completion, Message, Observed, Prompt, Verdict
 from delib.spec import Spec
 
@@ -167,7 +167,9 @@ class PromptedJudge:
                 )
             except (OSError, ValueError) as error:
                 failure = f"{type(error).__name__}: {error}"
-                break
+                if isinstance(error, FinalError):
+                    break
+                continue
             sent = made.sent or sent
             try:
                 found = self._read(made, view, sent)

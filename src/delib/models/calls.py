@@ -67,6 +67,10 @@ class CallError(ValueError):
     """This call cannot be made, or failed at every try: its sample's failure, with the cause."""
 
 
+class FinalError(CallError):
+    """This call would fail again, however often it is made."""
+
+
 class Backend(Protocol):
     """One attempt at one call. `identity`: what a reply depends on beside the call itself (endpoint, weights)."""
 
@@ -288,7 +292,7 @@ class Caller:
                 raise
             except RefusedError as error:
                 if self._alive:
-                    raise CallError(f"{self.name}: {error}") from error
+                    raise FinalError(f"{self.name}: {error}") from error
                 raise StageError(f"{self.name}: {error}; mend it and run the same command again") from error
         self._alive = True
         self._failed = 0

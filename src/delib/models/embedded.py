@@ -16,7 +16,7 @@ from typing import Any
 from delib import chat
 from delib.errors import UserError
 from delib.models import weights
-from delib.models.calls import CallError, PassingError, Reply
+from delib.models.calls import FinalError, PassingError, Reply
 from delib.models.endpoint import Endpoint
 from delib.records import Message
 from delib.run import sha256
@@ -51,7 +51,7 @@ class EmbeddedModel:
         try:
             async with self._session.post(f"{self._address}/completion", json=body) as reply:
                 if reply.status != 200:
-                    raise CallError(f"{self.name}: {reply.status} {(await reply.text())[:300]}")
+                    raise FinalError(f"{self.name}: {reply.status} {(await reply.text())[:300]}")
                 data = await reply.json()
         except aiohttp.ClientConnectionError as error:
             raise PassingError(f"{type(error).__name__}: {error}") from error

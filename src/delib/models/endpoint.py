@@ -12,7 +12,7 @@ from typing import Any
 from pydantic_core import to_json
 
 from delib.errors import StageError, UserError
-from delib.models.calls import CallError, PassingError, RefusedError, Reply
+from delib.models.calls import CallError, FinalError, PassingError, RefusedError, Reply
 from delib.records import Message
 
 HOPELESS = {401: "the key was refused", 402: "nothing is left to pay with"}
@@ -99,14 +99,14 @@ class Endpoint:
             raise RefusedError(f"{REFUSED[status]} ({cause})")
         if status in PASSING or status >= 500:
             raise PassingError(cause, full=status == 429, wait=_seconds(wait))
-        raise CallError(f"{self.name}: {cause}")
+        raise FinalError(f"{self.name}: {cause}")
 
     def _open(self) -> Any:
         """The one session, opened in the loop of the first call."""
         import aiohttp
 
         if self._closed:
-            raise CallError(f"{self.name}: stopped before this call")
+            raise FinalError(f"{self.name}: stopped before this call")
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(total=self._seconds), connector=aiohttp.TCPConnector(limit=0)
