@@ -15,7 +15,7 @@ from typing import Any, cast
 from delib.errors import StageError, UserError
 from delib.evals.scoring import HEADLINE
 from delib.models import opened
-from delib.progress import bar
+from delib.progress import bar, say
 from delib.records import Metric
 from delib.run import write_whole
 from delib.stages.prompts import content_id
@@ -38,8 +38,8 @@ def suite(
     """Run a suite and return its table. `options`: the task's own, such as judge, data and solver. `limit`: so
     many prompts, each under all attacks. `how`: model arguments of a model that is run here.
 
-    Raises UserError for a mistake in any of these, StageError when the evaluation stopped; its log stands, and
-    `inspect eval-retry` goes on from it.
+    Raises UserError for a mistake in any of these, StageError when the evaluation stopped; its log stands, and the same
+    call goes on from it.
     """
     log = _evaluated(name, model, options, log_dir, limit, how)
     found = metrics_of(log)
@@ -129,6 +129,8 @@ def _evaluated(
     import inspect_ai
     from inspect_ai._util.error import PrerequisiteError
 
+    from delib.evals import unfinished
+    from delib.evals.building import at_end
     from delib.evals.provider import CONTEXT_TOKENS
     from delib.evals.registry import SUITES
 
@@ -142,26 +144,28 @@ def _evaluated(
         task = SUITES[name](**typed)
         most = limit and limit * len((task.metadata or {}).get("attacks", [name]))  # a sample for each attack
         total = len(task.dataset[:most])
-        with bar(f"eval {task.name}", total) as ticker:
-
-            async def step(_: Any) -> None:
-                ticker.step()
-
-            task.cleanup = step
-            log = inspect_ai.eval(
-                task,
-                model=model if hosted else f"delib/{model}",
-                model_args={} if hosted else {"context_tokens": max(room, CONTEXT_TOKENS)} | (how or {}),
-                limit=most,
-                log_dir=str(log_dir),
-                log_format="eval",
-                display="none",
-            )[0]
+        # A model that delib runs itself makes no finished call again anyway, by its weights and not by its name.
+        begun = unfinished.find(log_dir, task, model, typed, most) if hosted else None
+        if begun:
+            say(f"eval {task.name}: goes on from {begun[0]}, where {begun[1]} of {total} samples are finished")
+        with bar(f"eval {task.name}", total, begun[1] if begun else 0) as ticker, at_end(ticker.step):
+            if begun:
+                log = inspect_ai.eval_retry(str(begun[0]), log_dir=str(log_dir), display="none")[0]
+            else:
+                log = inspect_ai.eval(
+                    task,
+                    model=model if hosted else f"delib/{model}",
+                    model_args={} if hosted else {"context_tokens": max(room, CONTEXT_TOKENS)} | (how or {}),
+                    limit=most,
+                    log_dir=str(log_dir),
+                    log_format="eval",
+                    display="none",
+                )[0]
     except PrerequisiteError as error:
         raise UserError(_plain(error)) from error
     if log.status != "success" or log.results is None:
         cause = log.error.message if log.error else log.status
-        raise StageError(f"{name}: {cause}; the log, from which 'inspect eval-retry' goes on: {log.location}")
+        raise StageError(f"{name}: {cause}; the same command goes on; the log: {log.location}")
     return log
 
 

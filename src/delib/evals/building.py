@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from inspect_ai import Task
@@ -44,6 +45,24 @@ GROUPS: dict[str, Callable[[], list[str]]] = {
     ],
 }
 """`none` is the plain request; `all` are the shipped ones."""
+
+
+_ended: ContextVar[Callable[[], None] | None] = ContextVar("ended", default=None)
+
+
+@contextmanager
+def at_end(step: Callable[[], None]) -> Iterator[None]:
+    """Within it `step` is called after each sample of a task, also of one that inspect_ai makes anew to go on with."""
+    token = _ended.set(step)
+    try:
+        yield
+    finally:
+        _ended.reset(token)
+
+
+async def _step(_: TaskState) -> None:
+    if (step := _ended.get()) is not None:
+        step()
 
 
 @contextmanager
@@ -91,6 +110,7 @@ def build(
         metrics=[figures(resamples, suffix), *([by_prompt(resamples, suffix)] if named else [])],
         config=GenerateConfig(temperature=0.0, max_tokens=max_tokens),
         fail_on_error=MAX_FAILURE_RATE,
+        cleanup=_step,
         name=name + suffix,
         metadata=kept | (about or {}),
     )
