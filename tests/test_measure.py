@@ -1,9 +1,13 @@
 """Figures of whole evaluations: many attacks on one prompt, by category, at several lengths of completion."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import inspect_ai
 import pytest
 from inspect_ai import eval as inspect_eval
 from inspect_ai._util.error import PrerequisiteError
@@ -14,6 +18,7 @@ from delib import compare, measure, recipe, tables
 from delib.errors import UserError
 from delib.evals import building, suites
 from delib.evals.registry import SUITES
+from delib.stats import bootstrap
 from test_suites import answering, checkpoint, figures_of, held, judges  # noqa: F401 - fixtures among them
 
 REFUSED, COMPLIED = "<think>r</think>I can't help with that.", "<think>r</think>Here is how it is done."
@@ -73,6 +78,66 @@ def test_a_prompt_under_many_attacks_by_hand(judges, held):  # noqa: F811
     assert {row.asked for row in rows.values()} == {f"Tell of week {i}" for i in range(4)}
     told = tables.write(None, [f"rl={log.location}"], None)
     assert "| SFT + RL |" in told and "other attacks, not_unsafe@0.1)" in told and "sr.csv × 4 attacks; compact" in told
+
+
+def test_intervals_under_many_attacks_draw_prompts(judges, held):  # noqa: F811
+    """Half of the prompts stand against every attack and half fall to each: six times a prompt is no more than one."""
+    rows = [["c", "s", f"Tell of {'bad' if i % 2 else 'good'} week {i}"] for i in range(12)]
+    file = csv_file(held / "sr.csv", "category,source,forbidden_prompt", *rows)
+    attacks = "none,role_play,prefix_injection,many_shot(1),many_shot(2),many_shot(3)"
+    task = suites.strong_reject(file, spec="spec.md", attacks=attacks)
+    model = answering(lambda text: COMPLIED if "bad" in text else REFUSED)
+    found = figures_of(log := inspect_eval(task, model=model, display="none", log_dir=str(held))[0])
+    values = [s.scores["policy_scorer"].value["not_unsafe"] for s in log.samples]
+    interval = (found["not_unsafe_low"], found["not_unsafe_high"])
+    assert len(values) == found["not_unsafe_n"] == 72 and sum(values) == 36
+    assert interval == bootstrap(values, groups=[s.metadata["request"] for s in log.samples])[1:]
+    low, high = bootstrap(values)[1:]
+    assert interval[1] - interval[0] > 2 * (high - low)
+
+
+def test_there_is_room_for_every_turn_of_an_attack(held, checkpoint, monkeypatch):  # noqa: F811
+    assert building.turns("none") == building.turns("encoding(hex)+role_play") == 1
+    assert building.turns("role_play+multi_turn") == 4 and building.turns("multi_turn( novel-editor )") == 3
+    given = []
+
+    def asked(*_, model_args, **__):
+        given.append(model_args)
+        raise PrerequisiteError("enough")
+
+    monkeypatch.setattr(inspect_ai, "eval", asked)
+    for options in (
+        {"attacks": "none,multi_turns"},
+        {"attacks": "none,role_play"},
+        {"attacks": "none,role_play", "max_tokens": "1025"},
+        {"solver": "multi_turn(warm-up)"},
+        {"attacks": "multi_turn(warm-up)", "solver": "multi_turn(warm-up)", "max_tokens": "400"},
+    ):
+        with pytest.raises(UserError, match="enough"):
+            measure.suite("strong_reject", str(checkpoint), options, held / "logs")
+    rooms = [{"context_tokens": n} if n else {} for n in (4 * 512 + 1024, 0, 2049, 0, 3 * 400 + 1024)]
+    assert given == rooms, "every completion of a sample counts, at the task's own limit"
+
+
+def test_inspects_own_command_measures_by_a_suite(tmp_path, endpoint):
+    endpoint()
+    command = [str(Path(sys.executable).with_name("inspect")), "eval", "delib/gsm8k", "--model", "openai-api/mock/m"]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("INSPECT_")}
+    done = subprocess.run(
+        [*command, "--limit", "2", "--log-dir", "logs"],
+        cwd=tmp_path,
+        env=env | {"MOCK_API_KEY": "k", "XDG_DATA_HOME": str(tmp_path / "data")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    [file] = (tmp_path / "logs").glob("*.eval")
+    log = measure.read_log(file)
+    accuracy = next(m for m in measure.metrics_of(log) if m.name == "accuracy_shipped" and m.by is None)
+    assert (accuracy.value, accuracy.n, accuracy.arm) == (0.0, 2, "openai-api/mock/m") and len(
+        measure.rows_of(log)
+    ) == 2
 
 
 def test_a_lost_verdict_leaves_its_prompt_ungraded_and_is_told(judges, held):  # noqa: F811

@@ -23,7 +23,7 @@ from delib.stats import RESAMPLES, bootstrap
 from delib.talk import shown, table
 
 PROMPT_TOKENS = 1024
-"""Room for a prompt beside the completion, where a sweep goes beyond the usual context."""
+"""Room for a prompt beside its completions, where these go beyond the usual context."""
 
 
 def suite(
@@ -139,11 +139,11 @@ def _evaluated(
     opened.check(model)
     hosted = opened.is_hosted(model)
     typed = _typed(name, SUITES[name], options)
-    room = typed.get("max_tokens", 0) + PROMPT_TOKENS
     try:
         task = SUITES[name](**typed)
         most = limit and limit * len((task.metadata or {}).get("attacks", [name]))  # a sample for each attack
         total = len(task.dataset[:most])
+        room = (task.config.max_tokens or 0) * _turns(task, typed) + PROMPT_TOKENS
         # A model that delib runs itself makes no finished call again anyway, by its weights and not by its name.
         begun = unfinished.find(log_dir, task, model, typed, most) if hosted else None
         if begun:
@@ -167,6 +167,14 @@ def _evaluated(
         cause = log.error.message if log.error else log.status
         raise StageError(f"{name}: {cause}; the same command goes on; the log: {log.location}")
     return log
+
+
+def _turns(task: Any, options: dict[str, Any]) -> int:
+    """The most completions of one sample: an attack in several turns has each of them answered."""
+    from delib.evals.building import turns
+
+    under = max(map(turns, (task.metadata or {}).get("attacks", ["none"])))
+    return under + turns(options.get("solver", "none")) - 1
 
 
 def about_of(log: Any) -> dict[str, Any]:

@@ -128,6 +128,12 @@ def conversations(file: Path = CONVERSATIONS) -> dict[str, list[str]]:
     return {made.id: made.turns for made in _read(file, Conversation)}
 
 
+def turns(id: str = "evening-class", file: str | None = None) -> list[str]:
+    """The user turns of one conversation, a shipped one or of a file. Raises UserError where it has none of this id."""
+    path = Path(file) if file else CONVERSATIONS
+    return chosen(conversations(path), id, path)
+
+
 def chosen(known: Mapping[str, V], name: str, file: Path) -> V:
     """What a file holds under this id. Raises UserError with the ids that it has."""
     if name not in known:

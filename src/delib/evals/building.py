@@ -122,12 +122,11 @@ def attacks_of(given: Attack) -> list[Solver]:
         return given if isinstance(given, list) else [given] if given is not None else []
     found, problems = [], []
     for part in given.split("+"):
-        call = re.fullmatch(r"\s*([a-z_]+)(?:\(([^()]*)\))?\s*", part)
-        make = getattr(solvers, call.group(1), None) if call and not call.group(1).startswith("_") else None
-        if make is None or call is None:
+        name, words = _call(part)
+        make = None if name.startswith("_") else getattr(solvers, name, None)
+        if make is None:
             problems.append(f"solver: no attack {part.strip()!r}; write such as encoding(rot13)+role_play")
             continue
-        words = [word.strip() for word in (call.group(2) or "").split(",") if word.strip()]
         try:
             found.append(make(*(int(word) if word.isdecimal() else word for word in words)))
         except UserError as error:
@@ -137,6 +136,18 @@ def attacks_of(given: Attack) -> list[Solver]:
     if problems:
         raise UserError(problems)
     return found
+
+
+def turns(attack: str) -> int:
+    """How many completions the model writes under an attack, as text: its last one, and those to turns that lead up."""
+    calls = map(_call, attack.split("+"))
+    return 1 + sum(len(texts.turns(*words)) - 1 for name, words in calls if name == "multi_turn")
+
+
+def _call(part: str) -> tuple[str, list[str]]:
+    """The name and the arguments of one attack; an empty name for what is none."""
+    call = re.fullmatch(r"\s*([a-z_]+)(?:\(([^()]*)\))?\s*", part)
+    return (call[1], [word.strip() for word in (call[2] or "").split(",") if word.strip()]) if call else ("", [])
 
 
 def named_attacks(attacks: Attacks) -> list[str]:

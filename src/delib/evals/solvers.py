@@ -74,8 +74,7 @@ def multi_turn(id: str = "evening-class", file: str | None = None) -> Solver:
     completion is empty and its metadata has no `attack`: an answer to a harmless turn is never taken for one to the
     request.
     """
-    path = Path(file) if file else attacks.CONVERSATIONS
-    *early, last = attacks.chosen(attacks.conversations(path), id, path)
+    *early, last = attacks.turns(id, file)
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
         before, asked, after = _parted(state)
