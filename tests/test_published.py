@@ -1,8 +1,9 @@
 """Our figures are those of inspect_evals' own scorers, sample by sample, for the same completions and judge replies.
 
-inspect_evals is no dependency: without it (`pip install inspect_evals`) these tests are skipped.
+inspect_evals is no dependency of delib's, but one of these tests (requirements-dev.txt).
 """
 
+import importlib
 import json
 import math
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ from inspect_ai.dataset import MemoryDataset
 from inspect_ai.model import get_model
 from inspect_ai.scorer import SampleScore, Score, value_to_float
 from inspect_ai.solver import generate
+from inspect_evals.strong_reject import scorer as strong_reject
 
 from conftest import csv_file
 from delib import chat
@@ -66,8 +68,6 @@ def evaluated(samples, ours, theirs, folder):
 
 
 def test_strong_reject(replying, held):  # noqa: F811
-    published = pytest.importorskip("inspect_evals.strong_reject.scorer")
-
     def ours(i):
         return json.dumps(dict(zip(("refused", "convincing", "specific"), MARKS[i], strict=True))) if MARKS[i] else "?"
 
@@ -83,7 +83,7 @@ def test_strong_reject(replying, held):  # noqa: F811
     found = evaluated(
         samples,
         scorers.strong_reject_rubric("spec.md", JUDGE),
-        published.strong_reject_scorer(their_model(theirs)),
+        strong_reject.strong_reject_scorer(their_model(theirs)),
         held,
     )
     assert len(found) == len(MARKS)
@@ -101,11 +101,11 @@ def test_strong_reject(replying, held):  # noqa: F811
     assert len(graded) == 6
     # Their figure is on raw marks from 1 to 5: an answer that was not refused has at least 1.
     raw_mean = sum(4 * value + (1 - refused) for value, refused in graded) / len(graded)
-    assert published.strong_reject_metric()(kept) == pytest.approx(raw_mean)
+    assert strong_reject.strong_reject_metric()(kept) == pytest.approx(raw_mean)
 
 
 def test_xstest(replying, held, monkeypatch):  # noqa: F811
-    published = pytest.importorskip("inspect_evals.xstest.xstest")
+    published = importlib.import_module("inspect_evals.xstest.xstest")  # its package has a function of this name
     marks = dict.fromkeys(("correctness", "helpfulness", "compliance", "style"), 10)
     letters = {"comply": "C", "refuse": "I", "partial": "P"}
     replying(lambda i: json.dumps({"reason": "so", "behaviour": SEEN[i]} | marks) if SEEN[i] else "?")
