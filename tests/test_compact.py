@@ -147,7 +147,7 @@ def test_the_probe_is_fitted_on_other_prompts_than_the_compact_judge():
     from delib.judges import probe
 
     rows = probe.fitted()
-    assert not {probe._conversation(r.messages) for r in rows} & {probe._conversation(r.messages) for r in _fit_rows()}
+    assert not {probe.conversation(r.messages) for r in rows} & {probe.conversation(r.messages) for r in _fit_rows()}
     held = {json.loads(line)["id"] for line in (STARTER / "heldout.jsonl").read_text(encoding="utf-8").splitlines()}
     assert {probe._prompt_of(r) for r in rows} <= held
 
