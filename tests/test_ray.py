@@ -206,7 +206,8 @@ def test_a_machine_that_comes_later_takes_its_part(machines, made, endpoint, moc
     server = endpoint("--port", str(machines.port), "--latency", "1")
     process = started(mock, over(machines, workers=3, block=1), "limits.concurrency=2")
     when_asked(server.log, 20, lambda: None).join()
-    before = len(machines.workers())
+    while (before := len(machines.workers())) < 2 and process.poll() is None:
+        time.sleep(0.05)
     machines.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
     after = 0
     while process.poll() is None:
