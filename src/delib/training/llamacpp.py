@@ -1,4 +1,4 @@
-"""Rollouts by the embedded llama.cpp server, with the current weights: faster than `generate` on a CPU, and quantised.
+"""Rollouts by the embedded llama.cpp server, with the current weights, quantised: on some CPUs faster than `generate`.
 
 In: the weights in training. Out: completions with the log-probabilities of their tokens under what sampled them, at the
 sampling temperature and without any truncation (no top-k, no min-p), so that importance weights can tell how far the
