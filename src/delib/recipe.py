@@ -187,9 +187,9 @@ class RlSection(Section):
     """What becomes of a completion that is cut off below evaluate's `max_tokens`. It is out of the loss; `out` leaves
     it out of its group's mean too, and `baseline` counts it there, with the lowest reward."""
     rollouts: Literal["transformers", "llamacpp", "vllm", "vllm_server"] = "transformers"
-    """Who writes the completions: the weights in training, the embedded server with them quantised to 8 bits, on
-    some CPUs the faster one, vLLM beside the training on its GPUs, or a vLLM server on port 8000 (docs/training.md). With all
-    but the first importance weights correct for the difference."""
+    """Who writes the completions: the weights in training, the embedded server with them quantised to 8 bits, on some
+    CPUs the faster one, vLLM beside the training on its GPUs, or a vLLM server on port 8000 (docs/training.md). With
+    all but the first importance weights correct for the difference."""
     report_to: Literal["none", "trackio", "wandb"] = "none"
     """Where the curves go beside the manifest; the package of that name must be installed."""
     checkpoint_steps: int = Field(default=1, ge=1)
