@@ -115,7 +115,7 @@ def test_there_is_room_for_every_turn_of_an_attack(held, checkpoint, monkeypatch
     ):
         with pytest.raises(UserError, match="enough"):
             measure.suite("strong_reject", str(checkpoint), options, held / "logs")
-    rooms = [{"context_tokens": n} if n else {} for n in (4 * 512 + 1024, 0, 2049, 0, 3 * 400 + 1024)]
+    rooms = [{"context_tokens": n} for n in (4 * 512 + 1024, 2048, 2049, 2048, 3 * 400 + 1024)]
     assert given == rooms, "every completion of a sample counts, at the task's own limit"
 
 
