@@ -4,6 +4,7 @@ In: a trainer that is about to train. Out: the trained one. Only the process tha
 stands in the trainer's history and in the manifest.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def train(trainer: Any, what: str, steps: int, last: Path | None) -> None:
                 ticker.note(f"{shown} {logs[shown]:.3f}")
 
     trainer.remove_callback(PrinterCallback)
+    # TRL 1.16 reads a name that transformers 5.23 has replaced; nobody who runs a recipe can mend that.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     if not processes.leads():
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         return
