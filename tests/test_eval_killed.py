@@ -99,6 +99,7 @@ def finished(evaluation: Evaluation) -> int:
     return sum(one.error is None for one in read_eval_log_sample_summaries(copy))
 
 
+@pytest.mark.slow
 def test_killed_evaluation_goes_on(folder, endpoint, monkeypatch):
     monkeypatch.chdir(folder)
     options = {"prompts": "held.jsonl", "spec": "spec.md", "judge": MODEL}
