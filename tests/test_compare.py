@@ -180,7 +180,8 @@ def test_a_runs_arms_stand_in_the_tables(tmp_path):
     assert all("n=1, other prompts" in cell for cell in row[1:5]) and "heldout" in row[5] and "compact" in row[5]
     head = line_of(text.splitlines(), "|  | base")
     assert "base, spec in its prompt | SFT | SFT + RL" in head
-    assert "n=1" in row_of(text, "hard refusal")[1], "policy retrieval"
+    retrieval = row_of(text, "hard refusal")
+    assert "n=1" in retrieval[1] and "by rule" in retrieval[5], "policy retrieval"
     assert "; j: " not in row[1], "none of its answers is of this source"
     for file in run.stage("evaluate").path.glob("*/records.jsonl"):
         file.write_text(file.read_text().replace('"source":"unknown"', '"source":"disallowed"'))

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from delib import measure, pipeline
 from delib.errors import UserError
-from delib.evals.scoring import by_judge
+from delib.evals.scoring import JUDGED, by_judge
 from delib.paper import TABLES, Line, Table
 from delib.progress import say
 from delib.records import Metric
@@ -177,7 +177,8 @@ def _of_run(run: Path, columns: dict[str, str], found: Found) -> None:
                 part = [s for s in answers[arm] if all(getattr(s.prompt, k) == v for k, v in (by or {}).items())]
                 others = by_judge(part, opened.spec, arm, second) if second else []
                 other = next((m for m in others if m.name == figure), None)
-                found[arm, _key(line)] = Cell(metric, figure, origin, other)
+                judge = recipe.judge if figure in JUDGED else "by rule"
+                found[arm, _key(line)] = Cell(metric, figure, origin._replace(judge=judge), other)
 
 
 def _of_file(name: str | None, file: Path, columns: dict[str, str], found: Found, swept: list[Budget]) -> None:
