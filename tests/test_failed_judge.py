@@ -8,10 +8,10 @@ import pytest
 from delib import recipe
 from delib.errors import StageError
 from delib.recipe import RlSection
-from delib.records import Completion, Message, Prompt, Sample
+from delib.records import Checks, Completion, Message, Prompt, Sample
 from delib.run import StageFolder
 from delib.stages import rl
-from delib.training.reward import by_expected, unheard
+from delib.training.reward import by_checks, by_expected, unheard
 from test_rl import BARE, POLICY, one_thread, opened  # noqa: F401 - a fixture that is used by itself
 from test_rollouts import DyingJudge, HashJudge, Killed, prompts_of_rows, scored, wide_model  # noqa: F401 - fixtures
 
@@ -96,6 +96,8 @@ def test_a_judge_is_unheard_where_it_was_asked_twice_and_graded_nothing():
     assert unheard([failed, malformed, expected, failed]) == [failed, failed], (
         "an expected answer is no judge's verdict"
     )
+    checked = sample(by_checks(made, Checks(max_words=9)))
+    assert unheard([failed, checked, failed]) == [failed, failed], "nor are checks"
     assert unheard([failed, malformed, expected]) == [], "one alone is that sample's own failure"
     assert unheard([failed, failed, sample(right.model_copy(update={"judge": "hash"}))]) == []
     assert unheard([malformed, expected]) == []

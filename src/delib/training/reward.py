@@ -54,7 +54,7 @@ def reward_of(sample: Sample) -> float | None:
 def unheard(samples: Sequence[Sample]) -> list[Sample]:
     """All that the judge was asked about in a step, where it graded none of them: nothing is learned from such a step.
     One alone is that sample's own failure."""
-    asked = [s for s in samples if any(v.judge != EXPECTED for v in s.verdicts)]
+    asked = [s for s in samples if any(v.judge not in (EXPECTED, CHECKS) for v in s.verdicts)]
     return asked if len(asked) > 1 and all(s.failure == "ungraded" for s in asked) else []
 
 
