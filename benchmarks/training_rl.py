@@ -29,9 +29,11 @@ from typing import Any
 
 DEFAULTS = "GRPOTrainer, its defaults"
 FLAGS = "GRPOTrainer, tuned by flags"
+APART = "delib, prompts not shared"
 VARIANTS = {
     DEFAULTS: "exact",
     FLAGS: "exact",
+    APART: "exact",
     "delib, rollouts: transformers": "exact",
     "delib, rollouts: llamacpp": "8-bit rollouts, weighted",
 }
@@ -115,7 +117,7 @@ def prompts_of() -> list[Any]:
 
 
 def by_delib(
-    writer: str, given: argparse.Namespace, judge: Judge, steps: list[Step], base: Path, scratch: Path
+    variant: str, given: argparse.Namespace, judge: Judge, steps: list[Step], base: Path, scratch: Path
 ) -> None:
     """`delib rl`, its judge and its trainer's class exchanged for those that are timed."""
     from delib import recipe, spec
@@ -127,7 +129,7 @@ def by_delib(
     from delib.training.reward import Reward
 
     memory.keep()
-    inner = grpo.trainer_class
+    inner, writer = grpo.trainer_class, "transformers" if variant == APART else variant.rsplit(" ", 1)[1]
 
     class Every(Reward):
         def completion(self, sent: str, ids: Any) -> Completion:
@@ -141,7 +143,9 @@ def by_delib(
         yield judge
 
     rl.Reward = Every  # type: ignore[misc]
-    grpo.trainer_class = lambda levers: timed(inner(levers), judge, [0, *given.latencies], steps)
+    grpo.trainer_class = lambda levers: timed(
+        inner(levers._replace(share=variant != APART)), judge, [0, *given.latencies], steps
+    )
     policy = spec.load(recipe.path_of("starter:spec.md"))
     rl.run(recipe_of(given, writer), prompts_of(), opened, policy, base, StageFolder(scratch))
 
@@ -208,7 +212,7 @@ def measure(variant: str, given: argparse.Namespace) -> dict[str, Any]:
         if variant in (DEFAULTS, FLAGS):
             by_trl(variant == FLAGS, given, judge, steps, base, Path(folder))
         else:
-            by_delib(variant.rsplit(" ", 1)[1], given, judge, steps, base, Path(folder))
+            by_delib(variant, given, judge, steps, base, Path(folder))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"variant": variant, "steps": steps[1:], "peak_megabytes": peak}
 

@@ -1,14 +1,15 @@
 """The one subclass of TRL's GRPOTrainer (1.16), for what its public arguments do not reach: speed that changes nothing,
 and importance weights for rollouts that are not vLLM's.
 
-In: the levers. Out: a trainer class. With every lever off it is GRPOTrainer bit by bit; with `skip`, `trim` and
-`project` on, loss and gradients are the same up to the rounding of float32 (tests/test_grpo.py holds both, and the
+In: the levers. Out: a trainer class. With every lever off it is GRPOTrainer bit by bit; with `skip`, `trim`, `share`
+and `project` on, loss and gradients are the same up to the rounding of float32 (tests/test_grpo.py holds both, and the
 signatures of what is overridden). It is for what a recipe can ask for: TRL's `dapo` loss, which divides by the tokens
 of the whole generation, counted before any row is left out; one generation an optimiser step; no tools, no images.
 What TRL does by itself and is only tested here: a completion whose reward is None has advantage 0 and is in neither
 mean nor spread of its group.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -21,6 +22,10 @@ class Levers(NamedTuple):
     metrics `entropy` and `clip_ratio/…` are then about the other rows. Off by itself where such a row would count: with
     a KL penalty or a router's loss.
     `trim`: rows of like length go together, without the padding of the others; models with rotary positions only.
+    `share`: a prompt goes through the model once for all its completions, where `generate` writes them and, with
+    `trim`, in the loss, whose gradients lead back through its keys and values. In one process, for models whose layers
+    attend to all tokens before and keep their activations, and where the prompts, padded to one width, are fewer tokens
+    so.
     `project`: only completion tokens are projected to the vocabulary (TRL projects all positions on a CPU).
     `correct`: truncated importance weights π_trained/π_rollout for each token where a `rollout_func` returned
     log-probabilities, at most `vllm_importance_sampling_clip_max`, and logged under TRL's names. TRL takes an extra
@@ -29,15 +34,17 @@ class Levers(NamedTuple):
 
     skip: bool = False
     trim: bool = False
+    share: bool = False
     project: bool = False
     correct: bool = False
 
 
-EXACT = Levers(skip=True, trim=True, project=True)
+EXACT = Levers(skip=True, trim=True, share=True, project=True)
 
 
 def trainer_class(levers: Levers) -> type:
     import torch
+    from transformers.cache_utils import DynamicCache, DynamicLayer
     from trl import GRPOTrainer
     from trl.trainer import utils
 
@@ -72,7 +79,12 @@ def trainer_class(levers: Levers) -> type:
                         compute_aux_loss,
                         **images,
                     )
-                return self._trimmed(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
+                given = (model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
+                if levers.share and (
+                    prompts := self._distinct(input_ids[:, :-logits_to_keep], attention_mask[:, :-logits_to_keep])
+                ):
+                    return self._shared(*given, *prompts)
+                return self._trimmed(*given)
 
         def _trimmed(
             self, model: Any, input_ids: Any, attention_mask: Any, keep: int, batch_size: int | None, entropy: bool
@@ -98,6 +110,79 @@ def trainer_class(levers: Levers) -> type:
                     at = (rows[:, None], torch.arange(part.shape[1], device=rows.device)[None])
                     found[n] = found[n].index_put(at, part)
             return found[0], found[1] if entropy else None, None
+
+        def _distinct(self, prompts: Any, mask: Any) -> tuple[Any, Any] | None:
+            """A row of each prompt, and for each row which of them is its own; None where nothing is to be shared."""
+            if self.accelerator.num_processes > 1 or self.model.is_activation_checkpointing or prompts.size(1) < 2:
+                return None
+            if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=self.model.config).layers):
+                return None
+            _, of = torch.unique(prompts * mask - (1 - mask), dim=0, return_inverse=True)
+            rows = torch.stack([(of == n).nonzero()[0, 0] for n in range(int(of.max()) + 1)])
+            return (rows, of) if len(rows) * int(mask[rows].any(0).sum()) < int(mask.sum()) else None
+
+        def _read(self, model: Any, prompts: Any, mask: Any, positions: Any = None) -> Callable[[Any], Any]:
+            """The keys and values of all of the prompts but the last token, which foretells the completion's first; for
+            rows that each name their prompt."""
+            with self.accelerator.autocast():
+                decoder = self.accelerator.unwrap_model(model).get_decoder()
+                cache = decoder(
+                    input_ids=prompts[:, :-1], attention_mask=mask[:, :-1], position_ids=positions, use_cache=True
+                ).past_key_values
+            return lambda of: DynamicCache([(layer.keys[of], layer.values[of]) for layer in cache.layers])
+
+        def _shared(
+            self,
+            model: Any,
+            input_ids: Any,
+            attention_mask: Any,
+            keep: int,
+            batch_size: int | None,
+            entropy: bool,
+            distinct: Any,
+            of: Any,
+        ) -> Any:
+            """As `_trimmed`, over rows sorted by the length of their completions, each prompt read once."""
+            count, width = len(input_ids), input_ids.size(1) - keep
+            size = min(ROWS if input_ids.device.type == "cpu" else count, batch_size or count)
+            first = int(attention_mask[:, :width].any(0).nonzero()[0])
+            of_rows = self._read(model, input_ids[distinct, first:width], attention_mask[distinct, first:width])
+            order = attention_mask[:, width:].sum(1).argsort(stable=True)
+            found = [input_ids.new_zeros((count, keep), dtype=torch.float32) for _ in range(1 + entropy)]
+            for start in range(0, count, size):
+                rows = order[start : start + size]
+                used = attention_mask[rows, width:].any(0).nonzero()
+                end = width + (int(used[-1]) + 1 if len(used) else 1)
+                labels = input_ids[rows, width - 1 : end].masked_fill(attention_mask[rows, width - 1 : end] == 0, -100)
+                labels[:, 0] = -100
+                with self.accelerator.autocast():
+                    made = model(
+                        input_ids=input_ids[rows, width - 1 : end],
+                        attention_mask=attention_mask[rows, first:end],
+                        past_key_values=of_rows(of[rows]),
+                        labels=labels,
+                        fused_lm_head=True,
+                    )
+                at = (rows[:, None], torch.arange(end - width, device=rows.device)[None])
+                for n, part in enumerate((made.log_probs, made.entropy)[: len(found)]):
+                    found[n] = found[n].index_put(at, part)
+            return found[0], found[1] if entropy else None, None
+
+        def _generate_single_turn(self, prompt_ids: Any, images: Any, fields: Any, *more: Any) -> Any:
+            """As TRL's, where its model writes by `generate`: each prompt read once."""
+            written = self.model.generate
+
+            def after_prompts(input_ids: Any, attention_mask: Any, **how: Any) -> Any:
+                if prompts := self._distinct(input_ids, attention_mask):
+                    rows, of = prompts
+                    positions = (attention_mask[rows].cumsum(1) - 1).clamp(min=0)[:, :-1]  # as `generate` counts
+                    how["past_key_values"] = self._read(self.model, input_ids[rows], attention_mask[rows], positions)(
+                        of
+                    )
+                return written(input_ids=input_ids, attention_mask=attention_mask, **how)
+
+            with patch.object(self.model, "generate", after_prompts) if levers.share else _nothing():
+                return super()._generate_single_turn(prompt_ids, images, fields, *more)  # type: ignore[no-untyped-call]
 
         def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
             if levers.skip and self.beta == 0.0 and not self.aux_loss_enabled:
