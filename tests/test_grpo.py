@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import tiny
 from conftest import TEMPLATE
 from delib import chat
 from delib.records import Message
@@ -205,8 +206,10 @@ def test_an_adapter_learns_the_same_from_shared_prompts(recorded, tiny_model, tm
     assert few < 0.6 * many
 
 
-def test_completions_are_written_after_shared_prompts_as_without(recorded, tiny_model, tmp_path):
-    """Greedy, prompts of several lengths: the same tokens, and each prompt read once."""
+def test_completions_are_written_after_shared_prompts_as_without(recorded, tmp_path):
+    """Greedy, prompts of several lengths, large weights, so that places count: the same tokens, and each prompt read
+    once."""
+    tiny.save(tmp_path / "model", "llama", "gpt-2")
 
     def written(share: bool) -> Any:
         passes, made = [], []
@@ -219,7 +222,7 @@ def test_completions_are_written_after_shared_prompts_as_without(recorded, tiny_
                 made.extend(self._generate_single_turn([s for s in sent for _ in range(GROUP)], None, {}, GROUP)[0])
 
         how = {"generation_kwargs": {"do_sample": False}}
-        trained(Writing, recorded, tiny_model, tmp_path / str(share), **how)
+        trained(Writing, recorded, tmp_path / "model", tmp_path / str(share), **how)
         return made, passes
 
     (found, read), (expected, all_read) = written(True), written(False)

@@ -154,7 +154,6 @@ def trainer_class(levers: Levers) -> type:
                 used = attention_mask[rows, width:].any(0).nonzero()
                 end = width + (int(used[-1]) + 1 if len(used) else 1)
                 labels = input_ids[rows, width - 1 : end].masked_fill(attention_mask[rows, width - 1 : end] == 0, -100)
-                labels[:, 0] = -100
                 with self.accelerator.autocast():
                     made = model(
                         input_ids=input_ids[rows, width - 1 : end],
