@@ -194,6 +194,13 @@ def test_what_the_model_has_not_is_told_where_it_is_at_hand(tmp_path, tiny_model
         f"{stage}.frozen_layers: a GPT2LMHeadModel has no model.layers that could be frozen; set it to 0"
         for stage in ("rl", "sft")
     ]
+    many = [
+        f"{stage}.frozen_layers: 2, and the model has 2 layers: none is left to train; set it below 2"
+        for stage in ("rl", "sft")
+    ]
+    for lora in (None, {"rank": 2}):
+        all_of_them = {"frozen_layers": 2, "lora": lora}
+        assert told(tmp_path / "qwen", sft=all_of_them, rl=all_of_them) == many
     with pytest.raises(UserError, match="frozen_layers: a GPT2LMHeadModel has no"):
         weights.freeze(GPT2LMHeadModel(GPT2Config.from_pretrained(tmp_path / "gpt2")), 1)
     monkeypatch.setenv("DELIB_CACHE", str(tmp_path / "empty"))

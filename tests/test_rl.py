@@ -163,6 +163,7 @@ def test_rl_asks_for_reasoning_where_the_recipe_trains_with_it(tiny_model, tmp_p
     asked = [Prompt(id=row[0], messages=[Message(role="user", content=row[1])], behaviour=row[4]) for row in ROWS]
     made = rl.run(given, asked, opened(judge), POLICY, tmp_path / "start", StageFolder(tmp_path))
     assert len(judge.shown) == (0 if reasoning else 4)
+    assert made.counts["malformed"] == (4 if reasoning else 0)
     assert made.detail["curve"][0]["reward"] == pytest.approx(0.0 if reasoning else 0.7)
 
 

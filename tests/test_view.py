@@ -12,7 +12,7 @@ from delib import life as life_of
 from delib import view
 from delib.errors import UserError
 from delib.judges.reading import broken
-from delib.records import Manifest, Metric, Prompt, Sample
+from delib.records import Checks, Manifest, Metric, Prompt, Sample
 from delib.run import Run, StageFolder, key_of
 from delib.view_lives import Rows, mark
 from test_cli import delib
@@ -83,10 +83,15 @@ def test_a_model_that_refuses_everything_is_called_a_prude(tmp_path):
     assert prude["lines"][1]["change"] == 1.0  # declined, of the same
 
 
+CHECKED = ["max_words: 30", "avoids: sorry / can't", "json: true"]
+
+
 def test_every_text_of_a_prompt_is_on_the_page_as_it_was(tmp_path, monkeypatch):
     """Over many pages, with texts that hold the whole excerpt, which are put together again."""
     monkeypatch.setattr("delib.view_lives.PAGE_CHARACTERS", 3000)
     held = [view_run.prompt(n, "heldout", HOSTILE + str(n) if n % 5 == 0 else None) for n in range(20)]
+    checks = Checks(max_words=30, avoids=["sorry", "can't"], json=True)
+    held[0] = held[0].model_copy(update={"checks": checks})
     excerpt = view_run.POLICY.excerpt("fraud")
     rows = [view_run.sample(p, "comply", "base", text=HOSTILE) for p in held]
     rows = [
@@ -104,6 +109,7 @@ def test_every_text_of_a_prompt_is_on_the_page_as_it_was(tmp_path, monkeypatch):
             lives[data["rows"]["rows"][first + place][0]] = (life, part["texts"])
     for prompt in StageFolder(run / "prompts").stream(Prompt):
         life, texts = lives[prompt.id]
+        assert life["checks"] == (CHECKED if prompt.id == held[0].id else [])
         assert [texts[n] for _, n in life["messages"]] == [m.content for m in prompt.messages]
     for folder, where in (("filter", "made"), ("evaluate/base", "arms")):
         for sample in StageFolder(run / folder).stream(Sample):

@@ -10,6 +10,7 @@ import pytest
 import browser
 import view_run
 from delib import view
+from delib.records import Checks
 
 pytestmark = pytest.mark.skipif(browser.available() is None, reason="no Chromium is installed")
 
@@ -191,7 +192,9 @@ def test_light_dark_and_narrow(page):
 
 
 def test_hostile_output_stays_text(chromium, tmp_path):
-    asked = view_run.prompt(0, "heldout", HOSTILE)
+    asked = view_run.prompt(0, "heldout", HOSTILE).model_copy(
+        update={"checks": Checks(max_words=30, contains=["<img src=x onerror='window.hacked = 6'>"])}
+    )
     long = view_run.prompt(1, "heldout", LONG_LINE)
     turned = view_run.prompt(2, "heldout", "\u05d0\u05d1 right to left \u202e")
     rows = [view_run.sample(p, "comply", "base", text=p.messages[0].content) for p in (asked, long, turned)]
@@ -208,6 +211,8 @@ def test_hostile_output_stays_text(chromium, tmp_path):
         chromium.ask("document.querySelectorAll('main details').forEach(d => { d.open = true; })")
         if prompt is asked:
             seen = chromium.until("document.querySelector('.turn .text').textContent")
+            facts = chromium.ask("document.querySelector('main').textContent")
+            assert "by rule: max_words: 30" in facts and "by rule: contains: <img src=x" in facts
             assert all(part in seen for part in SHOWN) and "\u202e" not in seen and "\x1b" not in seen
         assert chromium.ask("document.documentElement.scrollWidth") <= 1280
     assert chromium.until("document.querySelector('.turn .text').getAttribute('dir')") == "auto"
@@ -295,7 +300,7 @@ def test_without_a_mouse_a_category_opens_and_the_skip_link_keeps_the_view(page)
     page.ask("document.querySelector('a.hit').focus()")
     page.press("Enter")
     page.until("location.hash.startsWith('#/samples?')")
-    assert page.ask("document.querySelector('select[name=category]').value") != ""
+    page.until("document.querySelector('select[name=category]')?.value")
     page.ask("document.querySelector('.skip').focus()")
     page.press("Enter")
     page.until("document.activeElement.id === 'main'")

@@ -218,12 +218,20 @@ def _life(page: Page, prompt_id: str, row: Row, rows: Rows) -> dict[str, Any]:
     return {
         "messages": [[m.role, page.put(m.content)] for m in prompt.messages],
         "expected": prompt.expected,
+        "checks": _checks(prompt),
         "group": prompt.group,
         "made": [_sample(page, s, row, TEACHER) for s in made.values()],
         "examples": [[page.put(e.reasoning), page.put(e.answer)] for e in rows.examples.of(prompt_id)],
         "rollouts": [_sample(page, s, row, ROLLOUTS) for s in rows.rollouts.of(prompt_id)],
         "arms": [[arm, _sample(page, s, row, arm)] for arm, shelf in rows.arms.items() for s in shelf.of(prompt_id)],
     }
+
+
+def _checks(prompt: Prompt) -> list[str]:
+    """What an answer must hold to by rule, as the prompt's file says it."""
+    asked = prompt.checks.model_dump(exclude_none=True) if prompt.checks else {}
+    told = {n: " / ".join(v) if isinstance(v, list) else str(v).lower() for n, v in asked.items()}
+    return [f"{name}: {value}" for name, value in told.items()]
 
 
 def _sample(page: Page, sample: Sample, row: Row, author: str) -> dict[str, Any]:

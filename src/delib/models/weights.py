@@ -151,7 +151,7 @@ def can_serve(folder: Path) -> bool:
 
 def freeze(model: Any, layers: int) -> None:
     """Stop the first `layers` layers, and with any the embeddings, from training. Raises UserError where the model does
-    not have them as `model.layers`."""
+    not have them as `model.layers`, or has no more than these."""
     if layers == 0:
         return
     found = getattr(getattr(model, "model", None), "layers", None)
@@ -159,9 +159,17 @@ def freeze(model: Any, layers: int) -> None:
         raise UserError(
             f"frozen_layers: a {type(model).__name__} has no model.layers that could be frozen; set it to 0"
         )
+    _some_left(len(found), layers)
     model.get_input_embeddings().weight.requires_grad_(False)
     for layer in found[:layers]:
         layer.requires_grad_(False)
+
+
+def _some_left(layers: int, frozen: int) -> None:
+    if frozen >= layers:
+        raise UserError(
+            f"frozen_layers: {frozen}, and the model has {layers} layers: none is left to train; set it below {layers}"
+        )
 
 
 ADAPTER = "adapter"
@@ -170,11 +178,12 @@ ADAPTER = "adapter"
 
 def adapted(model: Any, lora: LoraSection, first: int = 0) -> Any:
     """The model with a LoRA adapter (arXiv 2106.09685) on its linear layers, those of its head left out; only the
-    adapter trains. The first `first` layers get none. Raises UserError when a target is not there.
+    adapter trains. The first `first` layers get none. Raises UserError when a target is not there, or no layer is left.
     """
     import torch
     from peft import LoraConfig, get_peft_model
 
+    _some_left(model.config.get_text_config().num_hidden_layers, first)
     linear = {
         name.rsplit(".", 1)[-1] for name, part in model.base_model.named_modules() if isinstance(part, torch.nn.Linear)
     }

@@ -264,7 +264,7 @@ def _manifest(recipe: Recipe, reward: Reward, state: Any, prompts: int, last: Pa
         "out": len(made),
         "steps": state.global_step,
         "ungraded": sum(s.failure == "ungraded" for s in made),
-        "malformed": sum(s.completion is not None and s.completion.finish != "stop" for s in made),
+        "malformed": sum(not s.verdicts for s in made),  # what had nothing to judge, or no reasoning
     }
     alarms = reward.monitor.alarms()
     for alarm in alarms:

@@ -24,6 +24,7 @@ function promptView(id) {
     `source ${visible(row.source)}`,
     life.group ? `group ${visible(life.group)}` : null,
     life.expected ? `right: ${visible(life.expected.join(" / "))}` : null,
+    ...life.checks.map((check) => `by rule: ${visible(check)}`),
   ];
   const view = h(
     "article",

@@ -49,20 +49,23 @@ def _config(recipe: Recipe) -> Any:
 
 def layers(recipe: Recipe, stage: str, section: SftSection | RlSection) -> list[str]:
     """Layers that an adapter names or that are to be frozen, and that the model does not have."""
-    lora = section.lora
-    if lora is not None and lora.targets is not None:
-        return _tried(recipe, stage, lambda model: weights.adapted(model, lora))
-    if lora is None and section.frozen_layers and not _freezes(recipe):
-        return _tried(recipe, stage, lambda model: weights.freeze(model, section.frozen_layers))
+    lora, frozen = section.lora, section.frozen_layers
+    fits = not frozen or _freezes(recipe, frozen)
+    if lora is not None and not (lora.targets is None and fits):
+        return _tried(recipe, stage, lambda model: weights.adapted(model, lora, frozen))
+    if lora is None and not fits:
+        return _tried(recipe, stage, lambda model: weights.freeze(model, frozen))
     return []
 
 
-def _freezes(recipe: Recipe) -> bool:
-    """Whether it is known by its family alone that layers can be frozen: without torch, whose import takes seconds."""
+def _freezes(recipe: Recipe, layers: int) -> bool:
+    """Whether it is known by its config alone that so many layers can be frozen: without torch, whose import takes
+    seconds."""
     folder = folder_at_hand(recipe.model)
     if folder is None:
         return False
-    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") in gguf_file.FAMILIES
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("model_type") in gguf_file.FAMILIES and layers < config.get("num_hidden_layers", 0)
 
 
 def _tried(recipe: Recipe, stage: str, change: Callable[[Any], Any]) -> list[str]:
