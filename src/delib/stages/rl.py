@@ -203,6 +203,7 @@ def _arguments(recipe: Recipe, scratch: Path, masked: bool, context_tokens: int)
         save_steps=section.checkpoint_steps,
         save_total_limit=1,
         report_to=section.report_to,
+        project="delib",  # trackio's name for the folder of runs
         run_name=recipe.name,
         dataloader_pin_memory=recipe.device != "cpu",
         disable_tqdm=True,  # watch.py tells
