@@ -211,12 +211,13 @@ def test_completions_are_written_after_shared_prompts_as_without(recorded, tmp_p
     once."""
     tiny.save(tmp_path / "model", "llama", "gpt-2")
 
-    def written(share: bool) -> Any:
+    def written(share: bool, **settings: Any) -> Any:
         passes, made = [], []
 
         class Writing(trainer_class(Levers(share=share))):
             def train(self) -> None:
                 counting(passes)(self)
+                self.model.generation_config.update(**settings)
                 sent = [recorded.tokenizer.encode(p, add_special_tokens=False) for p in recorded.prompts[:PROMPTS]]
                 assert len({len(ids) for ids in sent}) > 1
                 made.extend(self._generate_single_turn([s for s in sent for _ in range(GROUP)], None, {}, GROUP)[0])
@@ -228,6 +229,8 @@ def test_completions_are_written_after_shared_prompts_as_without(recorded, tmp_p
     (found, read), (expected, all_read) = written(True), written(False)
     assert found == expected and any(expected)
     assert all_read[0] == PROMPTS * GROUP * (read[0] // PROMPTS + 1)
+    for settings in ({"use_cache": False}, {"cache_implementation": "static"}):  # a model's own; none can be given
+        assert written(True, **settings)[0] == expected
 
 
 def test_layers_that_see_a_window_share_nothing(recorded, tmp_path):
@@ -240,6 +243,22 @@ def test_layers_that_see_a_window_share_nothing(recorded, tmp_path):
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     MistralForCausalLM(
         MistralConfig(vocab_size=len(recorded.tokenizer), num_key_value_heads=2, sliding_window=8, **shape)
+    ).save_pretrained(tmp_path / "model")
+    expected = trained(GRPOTrainer, recorded, tmp_path / "model", tmp_path / "a", steps=2)
+    close(trained(trainer_class(EXACT), recorded, tmp_path / "model", tmp_path / "b", steps=2), expected)
+
+
+def test_experts_that_count_their_tokens_share_nothing(recorded, tmp_path):
+    """Mixtral's, told to return what its router says, which TRL's forward then counts over whole rows."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+    from trl import GRPOTrainer
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.0}
+    MixtralForCausalLM(
+        MixtralConfig(vocab_size=len(recorded.tokenizer), num_key_value_heads=2, **shape, **experts)
     ).save_pretrained(tmp_path / "model")
     expected = trained(GRPOTrainer, recorded, tmp_path / "model", tmp_path / "a", steps=2)
     close(trained(trainer_class(EXACT), recorded, tmp_path / "model", tmp_path / "b", steps=2), expected)

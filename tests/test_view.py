@@ -83,7 +83,7 @@ def test_a_model_that_refuses_everything_is_called_a_prude(tmp_path):
     assert prude["lines"][1]["change"] == 1.0  # declined, of the same
 
 
-CHECKED = ["max_words: 30", "avoids: sorry / can't", "json: true"]
+CHECKED = ["max_words: 30", 'avoids: "sorry", "can\'t"', "json: true"]
 
 
 def test_every_text_of_a_prompt_is_on_the_page_as_it_was(tmp_path, monkeypatch):

@@ -212,7 +212,7 @@ def test_hostile_output_stays_text(chromium, tmp_path):
         if prompt is asked:
             seen = chromium.until("document.querySelector('.turn .text').textContent")
             facts = chromium.ask("document.querySelector('main').textContent")
-            assert "by rule: max_words: 30" in facts and "by rule: contains: <img src=x" in facts
+            assert "by rule: max_words: 30" in facts and 'by rule: contains: "<img src=x' in facts
             assert all(part in seen for part in SHOWN) and "\u202e" not in seen and "\x1b" not in seen
         assert chromium.ask("document.documentElement.scrollWidth") <= 1280
     assert chromium.until("document.querySelector('.turn .text').getAttribute('dir')") == "auto"

@@ -5,6 +5,7 @@ Each file is read once for the rows, where it is noted at which bytes a prompt's
 prompt for the pages, so that of a run of any size the prompts and one page's completions are held at a time.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -230,7 +231,7 @@ def _life(page: Page, prompt_id: str, row: Row, rows: Rows) -> dict[str, Any]:
 def _checks(prompt: Prompt) -> list[str]:
     """What an answer must hold to by rule, as the prompt's file says it."""
     asked = prompt.checks.model_dump(exclude_none=True) if prompt.checks else {}
-    told = {n: " / ".join(v) if isinstance(v, list) else str(v).lower() for n, v in asked.items()}
+    told = {n: json.dumps(v, ensure_ascii=False).strip("[]") for n, v in asked.items()}
     return [f"{name}: {value}" for name, value in told.items()]
 
 

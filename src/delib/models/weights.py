@@ -183,7 +183,8 @@ def adapted(model: Any, lora: LoraSection, first: int = 0) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    _some_left(model.config.get_text_config().num_hidden_layers, first)
+    if first:
+        _some_left(model.config.get_text_config().num_hidden_layers, first)
     linear = {
         name.rsplit(".", 1)[-1] for name, part in model.base_model.named_modules() if isinstance(part, torch.nn.Linear)
     }

@@ -23,9 +23,9 @@ class Levers(NamedTuple):
     a KL penalty or a router's loss.
     `trim`: rows of like length go together, without the padding of the others; models with rotary positions only.
     `share`: a prompt goes through the model once for all its completions, where `generate` writes them and, with
-    `trim`, in the loss, whose gradients lead back through its keys and values. In one process, for models whose layers
-    attend to all tokens before and keep their activations, and where the prompts, padded to one width, are fewer tokens
-    so.
+    `trim`, in the loss, whose gradients lead back through its keys and values. In one process, for models with rotary
+    positions whose layers attend to all tokens before and keep their activations, and where the prompts, padded to one
+    width, are fewer tokens so.
     `project`: only completion tokens are projected to the vocabulary (TRL projects all positions on a CPU).
     `correct`: truncated importance weights π_trained/π_rollout for each token where a `rollout_func` returned
     log-probabilities, at most `vllm_importance_sampling_clip_max`, and logged under TRL's names. TRL takes an extra
@@ -44,6 +44,7 @@ EXACT = Levers(skip=True, trim=True, share=True, project=True)
 
 def trainer_class(levers: Levers) -> type:
     import torch
+    from accelerate import DistributedType
     from transformers.cache_utils import DynamicCache, DynamicLayer
     from trl import GRPOTrainer
     from trl.trainer import utils
@@ -113,13 +114,19 @@ def trainer_class(levers: Levers) -> type:
 
         def _distinct(self, prompts: Any, mask: Any) -> tuple[Any, Any] | None:
             """A row of each prompt, and for each row which of them is its own; None where nothing is to be shared."""
-            if self.accelerator.num_processes > 1 or self.model.is_activation_checkpointing or prompts.size(1) < 2:
-                return None
-            if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=self.model.config).layers):
+            config, width = self.model.config, int(mask.any(0).sum())
+            if (
+                self.accelerator.distributed_type != DistributedType.NO
+                or self.model.is_activation_checkpointing
+                or getattr(config.get_text_config(), "output_router_logits", False)  # their loss counts each row's own
+                or not _rotary(self.model)
+                or width < 2
+                or any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers)
+            ):
                 return None
             _, of = torch.unique(prompts * mask - (1 - mask), dim=0, return_inverse=True)
             rows = torch.stack([(of == n).nonzero()[0, 0] for n in range(int(of.max()) + 1)])
-            return (rows, of) if len(rows) * int(mask[rows].any(0).sum()) < int(mask.sum()) else None
+            return (rows, of) if len(rows) * width < int(mask.sum()) else None
 
         def _read(self, model: Any, prompts: Any, mask: Any, positions: Any = None) -> Callable[[Any], Any]:
             """The keys and values of all of the prompts but the last token, which foretells the completion's first; for
@@ -169,10 +176,11 @@ def trainer_class(levers: Levers) -> type:
 
         def _generate_single_turn(self, prompt_ids: Any, images: Any, fields: Any, *more: Any) -> Any:
             """As TRL's, where its model writes by `generate`: each prompt read once."""
-            written = self.model.generate
+            written, settings = self.model.generate, self.model.generation_config
+            takes = settings.use_cache is not False and settings.cache_implementation is None
 
             def after_prompts(input_ids: Any, attention_mask: Any, **how: Any) -> Any:
-                if prompts := self._distinct(input_ids, attention_mask):
+                if takes and (prompts := self._distinct(input_ids, attention_mask)):
                     rows, of = prompts
                     positions = (attention_mask[rows].cumsum(1) - 1).clamp(min=0)[:, :-1]  # as `generate` counts
                     how["past_key_values"] = self._read(self.model, input_ids[rows], attention_mask[rows], positions)(
