@@ -233,6 +233,29 @@ def test_completions_are_written_after_shared_prompts_as_without(recorded, tmp_p
         assert written(True, **settings)[0] == expected
 
 
+def test_what_a_prompt_must_have_to_be_shared(recorded, tiny_model, tmp_path, monkeypatch):
+    """Two tokens, since its last foretells the completion; more rows than prompts; weights that are all here."""
+    import torch
+    from accelerate import DistributedType
+
+    seen = []
+
+    class Asking(trainer_class(EXACT)):
+        def train(self) -> None:
+            def asked(prompts: Any, mask: Any) -> Any:
+                found = self._distinct(torch.tensor(prompts), torch.tensor(mask))
+                seen.append(found and tuple(part.tolist() for part in found))
+
+            asked([[5, 7], [6, 7], [5, 7]], [[1, 1], [1, 1], [1, 1]])
+            asked([[5, 7], [6, 7]], [[1, 1], [1, 1]])
+            asked([[5, 7], [6, 7]], [[0, 1], [0, 1]])
+            monkeypatch.setattr(self.accelerator.state, "distributed_type", DistributedType.FSDP)
+            asked([[5, 7], [6, 7], [5, 7]], [[1, 1], [1, 1], [1, 1]])
+
+    trained(Asking, recorded, tiny_model, tmp_path)
+    assert seen == [([0, 1], [0, 1, 0]), None, None, None]
+
+
 def test_layers_that_see_a_window_share_nothing(recorded, tmp_path):
     """Mistral's, with a window shorter than the prompts: the gradients are TRL's still."""
     import torch
