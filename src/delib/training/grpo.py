@@ -118,7 +118,7 @@ def trainer_class(levers: Levers) -> type:
             if (
                 self.accelerator.distributed_type != DistributedType.NO
                 or self.model.is_activation_checkpointing
-                or getattr(config.get_text_config(), "output_router_logits", False)  # its loss asks for a mask as wide as the rows
+                or getattr(config.get_text_config(), "output_router_logits", False)  # it counts by the whole mask
                 or not _rotary(self.model)
                 or width < 2
                 or any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers)
