@@ -211,10 +211,10 @@ def test_completions_are_written_after_shared_prompts_as_without(recorded, tmp_p
     once."""
     tiny.save(tmp_path / "model", "llama", "gpt-2")
 
-    def written(share: bool, **settings: Any) -> Any:
+    def written(share: bool, write: bool = False, **settings: Any) -> Any:
         passes, made = [], []
 
-        class Writing(trainer_class(Levers(share=share))):
+        class Writing(trainer_class(Levers(share=share, write=write))):
             def train(self) -> None:
                 counting(passes)(self)
                 self.model.generation_config.update(**settings)
@@ -223,14 +223,15 @@ def test_completions_are_written_after_shared_prompts_as_without(recorded, tmp_p
                 made.extend(self._generate_single_turn([s for s in sent for _ in range(GROUP)], None, {}, GROUP)[0])
 
         how = {"generation_kwargs": {"do_sample": False}}
-        trained(Writing, recorded, tmp_path / "model", tmp_path / str(share), **how)
+        trained(Writing, recorded, tmp_path / "model", tmp_path / f"{share}-{write}", **how)
         return made, passes
 
     (found, read), (expected, all_read) = written(True), written(False)
     assert found == expected and any(expected)
     assert all_read[0] == PROMPTS * GROUP * (read[0] // PROMPTS + 1)
+    assert written(True, write=True) == (found, read) and written(False, write=True)[0] == found
     for settings in ({"use_cache": False}, {"cache_implementation": "static"}):  # a model's own; none can be given
-        assert written(True, **settings)[0] == expected
+        assert written(True, write=True, **settings)[0] == expected
 
 
 def test_what_a_prompt_must_have_to_be_shared(recorded, tiny_model, tmp_path, monkeypatch):

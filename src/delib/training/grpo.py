@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+from delib.training import writing
+
 ROWS = 8
 """Rows of like length that go through the model together on a CPU: enough to keep its cores busy."""
 
@@ -26,6 +28,8 @@ class Levers(NamedTuple):
     `trim`, in the loss, whose gradients lead back through its keys and values. In one process, for models with rotary
     positions whose layers attend to all tokens before and keep their activations, and where the prompts, padded to one
     width, are fewer tokens so.
+    `write`: on a CPU and in one process `generate` goes faster and draws from the same distribution (`writing.py`), but
+    not the same completions from the same seed.
     `project`: only completion tokens are projected to the vocabulary (TRL projects all positions on a CPU).
     `correct`: truncated importance weights π_trained/π_rollout for each token where a `rollout_func` returned
     log-probabilities, at most `vllm_importance_sampling_clip_max`, and logged under TRL's names. TRL takes an extra
@@ -35,11 +39,12 @@ class Levers(NamedTuple):
     skip: bool = False
     trim: bool = False
     share: bool = False
+    write: bool = False
     project: bool = False
     correct: bool = False
 
 
-EXACT = Levers(skip=True, trim=True, share=True, project=True)
+EXACT = Levers(skip=True, trim=True, share=True, write=True, project=True)
 
 
 def trainer_class(levers: Levers) -> type:
@@ -175,20 +180,24 @@ def trainer_class(levers: Levers) -> type:
             return found[0], found[1] if entropy else None, None
 
         def _generate_single_turn(self, prompt_ids: Any, images: Any, fields: Any, *more: Any) -> Any:
-            """As TRL's, where its model writes by `generate`: each prompt read once."""
+            """As TRL's, where its model writes by `generate`: each prompt read once, and what writes faster."""
             written, settings = self.model.generate, self.model.generation_config
             takes = settings.use_cache is not False and settings.cache_implementation is None
 
             def after_prompts(input_ids: Any, attention_mask: Any, **how: Any) -> Any:
-                if takes and (prompts := self._distinct(input_ids, attention_mask)):
+                alone = self.accelerator.distributed_type == DistributedType.NO
+                faster = levers.write and alone and input_ids.device.type == "cpu"
+                if levers.share and takes and (prompts := self._distinct(input_ids, attention_mask)):
                     rows, of = prompts
                     positions = (attention_mask[rows].cumsum(1) - 1).clamp(min=0)[:, :-1]  # as `generate` counts
-                    how["past_key_values"] = self._read(self.model, input_ids[rows], attention_mask[rows], positions)(
-                        of
-                    )
-                return written(input_ids=input_ids, attention_mask=attention_mask, **how)
+                    read = self._read(self.model, input_ids[rows], attention_mask[rows], positions)(of)
+                    if faster:
+                        read.layers = [writing.with_room(layer.keys, layer.values) for layer in read.layers]
+                    how["past_key_values"] = read
+                with writing.faster(self.model, len(input_ids)) if faster else _nothing():
+                    return written(input_ids=input_ids, attention_mask=attention_mask, **how)
 
-            with patch.object(self.model, "generate", after_prompts) if levers.share else _nothing():
+            with patch.object(self.model, "generate", after_prompts):
                 return super()._generate_single_turn(prompt_ids, images, fields, *more)  # type: ignore[no-untyped-call]
 
         def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
