@@ -29,11 +29,12 @@ from typing import Any
 
 DEFAULTS = "GRPOTrainer, its defaults"
 FLAGS = "GRPOTrainer, tuned by flags"
-APART = "delib, prompts not shared"
+LEFT_OFF = {"delib, prompts not shared": {"share": False}, "delib, as TRL writes": {"write": False}}
+"""Variants without one of the levers."""
 VARIANTS = {
     DEFAULTS: "exact",
     FLAGS: "exact",
-    APART: "exact",
+    **dict.fromkeys(LEFT_OFF, "exact"),
     "delib, rollouts: transformers": "exact",
     "delib, rollouts: llamacpp": "8-bit rollouts, weighted",
 }
@@ -129,7 +130,7 @@ def by_delib(
     from delib.training.reward import Reward
 
     memory.keep()
-    inner, writer = grpo.trainer_class, "transformers" if variant == APART else variant.rsplit(" ", 1)[1]
+    inner, writer = grpo.trainer_class, "transformers" if variant in LEFT_OFF else variant.rsplit(" ", 1)[1]
 
     class Every(Reward):
         def completion(self, sent: str, ids: Any) -> Completion:
@@ -144,7 +145,7 @@ def by_delib(
 
     rl.Reward = Every  # type: ignore[misc]
     grpo.trainer_class = lambda levers: timed(
-        inner(levers._replace(share=variant != APART)), judge, [0, *given.latencies], steps
+        inner(levers._replace(**LEFT_OFF.get(variant, {}))), judge, [0, *given.latencies], steps
     )
     policy = spec.load(recipe.path_of("starter:spec.md"))
     rl.run(recipe_of(given, writer), prompts_of(), opened, policy, base, StageFolder(scratch))

@@ -89,6 +89,7 @@ def start(model: str, host: str, port: int, context_tokens: int) -> Any:
         raise UserError(problems)
     params = embedded.parameters(file, min(context_tokens, int(length.contents())), SLOTS)
     params.hostnames, params.port, params.model_alias = [host], port, {name_of(model)}
+    params.cache_ram_mib = embedded.PAST
     params.use_jinja = True
     params.chat_template = gguf_file.parted(str(template.contents()))
     params.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_DEEPSEEK

@@ -26,6 +26,12 @@ SLOTS = 16
 to the other requests' places, 127 tokens/s instead of 182 on two cores (docs/results.md)."""
 
 
+PAST = 2048
+"""MiB at most for the keys and values of prompts that a slot held before, where they come again: a chat, an excerpt of
+the spec. An arm and a rollout ask each prompt once and keep none: llama.cpp's own 8,192 would be filled by some two
+thousand answers of SmolLM2 (docs/results.md)."""
+
+
 class EmbeddedModel:
     """A running server with the tokenizer of its model: a Backend (`calls.py`)."""
 
@@ -90,7 +96,8 @@ def gguf_of(folder: Path, quantisation: str) -> Path:
 
 
 def parameters(file: Path, context_tokens: int, slots: int) -> Any:
-    """llama.cpp's for a server of a GGUF file at a free port, with so much room for each of the `slots` requests."""
+    """llama.cpp's for a server of a GGUF file at a free port, with so much room for each of the `slots` requests, and
+    none for prompts that a slot held before."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -101,6 +108,7 @@ def parameters(file: Path, context_tokens: int, slots: int) -> Any:
     params.kv_unified = False
     params.n_ctx = slots * context_tokens
     params.n_batch = 2048
+    params.cache_ram_mib = 0
     params.ctx_shift = False
     params.verbosity = -1
     params.warmup = False
@@ -152,6 +160,7 @@ async def serve_gguf(file: Path, *, context_tokens: int, slots: int) -> AsyncIte
     UserError for a file that llama.cpp does not take.
     """
     params = parameters(file, context_tokens, slots)
+    params.cache_ram_mib = PAST
     params.use_jinja = True
     try:
         server = await asyncio.to_thread(started, params)
