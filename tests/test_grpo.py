@@ -11,6 +11,7 @@ import tiny
 from conftest import TEMPLATE
 from delib import chat
 from delib.records import Message
+from delib.training import writing
 from delib.training.grpo import EXACT, Levers, trainer_class
 
 STEPS, PROMPTS, GROUP, MOST = 20, 3, 4, 24
@@ -206,12 +207,18 @@ def test_an_adapter_learns_the_same_from_shared_prompts(recorded, tiny_model, tm
     assert few < 0.6 * many
 
 
-def test_completions_are_written_after_shared_prompts_as_without(recorded, tmp_path):
-    """Greedy, prompts of several lengths, large weights, so that places count: the same tokens, and each prompt read
-    once."""
-    tiny.save(tmp_path / "model", "llama", "gpt-2")
+def test_completions_are_written_after_shared_prompts_as_without(recorded, tmp_path, monkeypatch):
+    """Greedy, prompts of several lengths, large weights, so that places count: the same tokens, each prompt read once,
+    and what writes faster used where it may be."""
+    from accelerate import DistributedType
 
-    def written(share: bool, write: bool = False, **settings: Any) -> Any:
+    tiny.save(tmp_path / "model", "llama", "gpt-2")
+    used = []
+    for name in ("faster", "with_room"):
+        inner = getattr(writing, name)
+        monkeypatch.setattr(writing, name, lambda *given, inner=inner, name=name: used.append(name) or inner(*given))
+
+    def written(share: bool, write: bool = False, several: bool = False, bf16: bool = False, **settings: Any) -> Any:
         passes, made = [], []
 
         class Writing(trainer_class(Levers(share=share, write=write))):
@@ -220,18 +227,27 @@ def test_completions_are_written_after_shared_prompts_as_without(recorded, tmp_p
                 self.model.generation_config.update(**settings)
                 sent = [recorded.tokenizer.encode(p, add_special_tokens=False) for p in recorded.prompts[:PROMPTS]]
                 assert len({len(ids) for ids in sent}) > 1
-                made.extend(self._generate_single_turn([s for s in sent for _ in range(GROUP)], None, {}, GROUP)[0])
+                used.clear()
+                with pytest.MonkeyPatch.context() as patched:
+                    if several:
+                        patched.setattr(self.accelerator.state, "distributed_type", DistributedType.MULTI_CPU)
+                    made.extend(self._generate_single_turn([s for s in sent for _ in range(GROUP)], None, {}, GROUP)[0])
 
-        how = {"generation_kwargs": {"do_sample": False}}
+        how = {"generation_kwargs": {"do_sample": False}, "bf16": bf16}
         trained(Writing, recorded, tmp_path / "model", tmp_path / f"{share}-{write}", **how)
-        return made, passes
+        return made, passes, set(used)
 
-    (found, read), (expected, all_read) = written(True), written(False)
+    (found, read, shared), (expected, all_read, plain) = written(True), written(False)
     assert found == expected and any(expected)
     assert all_read[0] == PROMPTS * GROUP * (read[0] // PROMPTS + 1)
-    assert written(True, write=True) == (found, read) and written(False, write=True)[0] == found
+    assert not shared and not plain
+    assert written(True, write=True) == (found, read, {"faster", "with_room"})
+    assert written(False, write=True) == (found, all_read, {"faster"})
+    assert written(True, write=True, several=True) == (found, all_read, set())
+    assert written(False, write=True, bf16=True) == written(False, bf16=True)  # mixed precision
     for settings in ({"use_cache": False}, {"cache_implementation": "static"}):  # a model's own; none can be given
-        assert written(True, write=True, **settings)[0] == expected
+        assert written(True, write=True, **settings) == (expected, written(False, **settings)[1], {"faster"})
+    assert written(True, write=True, num_beams=2)[0] == written(False, num_beams=2)[0]
 
 
 def test_what_a_prompt_must_have_to_be_shared(recorded, tiny_model, tmp_path, monkeypatch):

@@ -28,8 +28,8 @@ class Levers(NamedTuple):
     `trim`, in the loss, whose gradients lead back through its keys and values. In one process, for models with rotary
     positions whose layers attend to all tokens before and keep their activations, and where the prompts, padded to one
     width, are fewer tokens so.
-    `write`: on a CPU and in one process `generate` goes faster and draws from the same distribution (`writing.py`), but
-    not the same completions from the same seed.
+    `write`: on a CPU, in float32 and in one process `generate` goes faster and draws from the same distribution
+    (`writing.py`), but not the same completions from the same seed.
     `project`: only completion tokens are projected to the vocabulary (TRL projects all positions on a CPU).
     `correct`: truncated importance weights π_trained/π_rollout for each token where a `rollout_func` returned
     log-probabilities, at most `vllm_importance_sampling_clip_max`, and logged under TRL's names. TRL takes an extra
@@ -183,16 +183,19 @@ def trainer_class(levers: Levers) -> type:
             """As TRL's, where its model writes by `generate`: each prompt read once, and what writes faster."""
             written, settings = self.model.generate, self.model.generation_config
             takes = settings.use_cache is not False and settings.cache_implementation is None
+            takes = takes and (settings.num_beams or 1) == (settings.num_return_sequences or 1) == 1
 
             def after_prompts(input_ids: Any, attention_mask: Any, **how: Any) -> Any:
                 alone = self.accelerator.distributed_type == DistributedType.NO
-                faster = levers.write and alone and input_ids.device.type == "cpu"
+                plain = alone and self.accelerator.mixed_precision == "no"
+                faster = levers.write and plain and input_ids.device.type == "cpu"
                 if levers.share and takes and (prompts := self._distinct(input_ids, attention_mask)):
                     rows, of = prompts
                     positions = (attention_mask[rows].cumsum(1) - 1).clamp(min=0)[:, :-1]  # as `generate` counts
                     read = self._read(self.model, input_ids[rows], attention_mask[rows], positions)(of)
                     if faster:
-                        read.layers = [writing.with_room(layer.keys, layer.values) for layer in read.layers]
+                        room = self.max_completion_length or 0
+                        read.layers = [writing.with_room(layer.keys, layer.values, room) for layer in read.layers]
                     how["past_key_values"] = read
                 with writing.faster(self.model, len(input_ids)) if faster else _nothing():
                     return written(input_ids=input_ids, attention_mask=attention_mask, **how)
