@@ -28,8 +28,8 @@ to the other requests' places, 127 tokens/s instead of 182 on two cores (docs/re
 
 PAST = 2048
 """MiB at most for the keys and values of prompts that a slot held before, where they come again: a chat, an excerpt of
-the spec. An arm and a rollout ask each prompt once and keep none: llama.cpp's own 8,192 would be filled by some two
-thousand answers of SmolLM2 (docs/results.md)."""
+the spec. An arm asks each prompt once, and a rollout its group at the same time, so that they keep none: llama.cpp's
+own 8,192 would be filled by some two thousand answers of SmolLM2 (docs/results.md)."""
 
 
 class EmbeddedModel:
