@@ -139,7 +139,7 @@ def test_mistakes_are_told_before_any_compute(held, capsys):
         suites.policy("bare.jsonl", spec="spec.md")
     with pytest.raises(PrerequisiteError, match="about the starter's spec"):
         suites.xstest(spec="spec.md")
-    with pytest.raises(PrerequisiteError, match=r"inspect_evals\\?\[ifeval"):
+    with pytest.raises(PrerequisiteError, match=r"pip install inspect_evals git\+https://"):
         capability.ifeval(data="nine.jsonl")
     with pytest.raises(UserError, match="no attack 'sing'"):
         attacks_of("encoding(rot13)+sing")

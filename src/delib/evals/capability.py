@@ -95,6 +95,10 @@ def instruction_scorer() -> Scorer:
     return score
 
 
+CHECKERS = "git+https://github.com/josejg/instruction_following_eval"
+"""Not on PyPI, so that pip can't resolve inspect_evals' extra `ifeval` (its README)."""
+
+
 def _inspect_evals() -> Any:
     """The module of inspect_evals' IFEval. Raises UserError where it, or what its checkers need, is not installed."""
     try:
@@ -102,7 +106,7 @@ def _inspect_evals() -> Any:
         return importlib.import_module("inspect_evals.ifeval.ifeval")
     except ImportError as error:
         raise UserError(
-            f"ifeval: its checkers are inspect_evals' ({error}); install them with: pip install 'inspect_evals[ifeval]'"
+            f"ifeval: its checkers are inspect_evals' ({error}); install them: pip install inspect_evals {CHECKERS}"
         ) from None
 
 
