@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from delib import chat, pack, spec
+from delib.evals import checks
 from delib.judges import reading
 from delib.models import recorded
 from delib.recipe import RECIPES, STARTER
@@ -31,8 +32,10 @@ def test_size_and_labels():
     assert len(HELDOUT) >= 240
     assert len(FLAWED) >= 120
     plain = [p for p in TRAIN if p.source == "plain"]
-    assert len(plain) >= 120
-    assert sum(bool(p.expected) for p in plain) * 2 >= len(plain) - 1
+    orders = [p for p in plain if p.id.startswith("order-")]
+    questions = [p for p in plain if p not in orders]
+    assert len(questions) >= 120 and sum(bool(p.expected) for p in questions) * 2 >= len(questions) - 1
+    assert len(orders) >= 150 and sum(p.checks is not None for p in orders) * 2 >= len(orders)
     for prompt in TRAIN + HELDOUT:
         assert prompt.clause and prompt.behaviour == POLICY.clauses[prompt.clause].behaviour, prompt.id
         assert (prompt.category is None) == (prompt.source == "plain" or prompt.clause == "P1"), prompt.id
@@ -57,6 +60,8 @@ def test_a_good_demonstration_is_good(prompt, parts):
     assert parts.reasoning.split()[0].rstrip(":.,") == word
     if prompt.expected:
         assert any(e.lower() in parts.answer.lower() for e in prompt.expected)
+    if prompt.checks:
+        assert not checks.failed(parts.answer, prompt.checks)
 
 
 def test_flaws_of_every_kind_are_there():
@@ -94,6 +99,19 @@ def test_verifiable_prompts_stand_apart_and_in_no_recipe():
     assert pack.overlaps(found, TRAIN + HELDOUT + rl) == []
     assert not {p.id for p in found} & {p.id for p in TRAIN + HELDOUT + rl}
     assert not [r for r in RECIPES.glob("*.yaml") if "verifiable" in r.read_text(encoding="utf-8")]
+
+
+def test_held_out_orders_stand_apart_and_in_no_recipe():
+    found = prompts.load(STARTER / "orders-heldout.jsonl", POLICY, "heldout")
+    apart = [
+        prompts.load(STARTER / f"{name}.jsonl", POLICY, where)
+        for name, where in (("rl", "rl"), ("verifiable", "rl"), ("heldout", "heldout"))
+    ]
+    assert len(found) >= 60 and sum(p.checks is not None for p in found) * 2 >= len(found)
+    assert {(p.category, p.clause, p.behaviour, p.source) for p in found} == {(None, "P1", "comply", "plain")}
+    for others in (TRAIN, *apart):
+        assert pack.overlaps(found, others) == []
+    assert not [r for r in RECIPES.glob("*.yaml") if "orders-heldout" in r.read_text(encoding="utf-8")]
 
 
 def test_shifted_prompts_are_made_from_held_out_ones():
