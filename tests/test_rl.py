@@ -14,6 +14,7 @@ from delib.recipe import EvaluateSection, RlSection, SftSection
 from delib.records import Message, Prompt, Sample, Verdict
 from delib.run import StageFolder
 from delib.stages import rl
+from delib.training import rollouts
 from delib.training.reward import Reward
 
 POLICY = spec.parse(SPEC)
@@ -215,6 +216,58 @@ def test_rl_that_was_killed_after_its_last_step_makes_no_other(tiny_model, tmp_p
     assert made.counts["out"] == 8
     assert (tmp_path / "records.jsonl").read_bytes() == records
     assert len(judge.shown) == shown
+
+
+def test_a_device_learns_from_a_part_of_a_step_at_once(tiny_model, tmp_path, monkeypatch):
+    """In parts, or in parts after a failure of all at once, the weights and completions of all at once; a part that
+    does not divide the step is told."""
+    import torch
+    from safetensors.torch import load_file
+    from trl import GRPOTrainer
+
+    fails_at, sizes, inner = 3, [], GRPOTrainer._prepare_inputs
+
+    def rewards(self, prompts, completions, trainer_state, **_):
+        if trainer_state.global_step == fails_at:
+            raise MemoryError
+        return [n % 3 / 2 for n in range(len(prompts))]
+
+    def prepared(self, batch):
+        found = inner(self, batch)
+        sizes.append(len(found["completion_ids"]))
+        return found
+
+    monkeypatch.setattr(Reward, "__call__", rewards)
+    monkeypatch.setattr(GRPOTrainer, "_prepare_inputs", prepared)
+    prompts = [
+        Prompt(id=name, messages=[Message(role="user", content=text)], category=about, clause=clause, behaviour=kind)
+        for name, text, about, clause, kind in ROWS
+    ]
+    start = tmp_path / "start"
+    model = model_that(False, tiny_model, start)
+
+    def made(name, part):
+        section = RlSection(steps=3, prompts=2, group=4, max_tokens=16, learning_rate=1e-3, device_batch=part)
+        given, folder = recipe.Recipe(rl=section, evaluate=EvaluateSection(max_tokens=16)), tmp_path / name
+        rl.run(given, prompts, opened(WatchingJudge()), POLICY, start, StageFolder(folder))
+        journal = StageFolder(folder / "trainer" / rollouts.JOURNAL).records(rollouts.Rollout)
+        return load_file(folder / "checkpoint" / "model.safetensors"), [(r.step, r.place, r.ids) for r in journal]
+
+    weights, written = made("whole", None)
+    moved = max((weights[name] - value).abs().max() for name, value in model.state_dict().items() if name in weights)
+    assert moved > 1e-3 and len(written) == 3 * 8
+    parts = made("parts", 2)
+    fails_at = 1
+    with pytest.raises(MemoryError):
+        made("broken", None)
+    fails_at = 3
+    went_on = made("broken", 2)
+    assert sizes == [8] * 3 + [2] * 12 + [8] + [2] * 8
+    for found, told in (parts, went_on):
+        assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in weights.items())
+        assert told in (written, written[8:])  # a journal begins at the checkpoint
+    with pytest.raises(UserError, match=r"rl.device_batch: 3 does not divide the 8 completions .* take a divisor of 8"):
+        made("none", 3)
 
 
 def model_that(ends, tiny_model, folder):

@@ -78,7 +78,7 @@ for name in ("live", "served"):
         (out / f"{name}.json").write_text(made.model_dump_json())
 run("same", recipe.Recipe(sft=BARE, rl=section(steps=1)), prompts_of_rows()[:1])
 """
-RUNS = {"live": section(), "served": section(steps=2, rollouts="llamacpp")}
+RUNS = {"live": section(), "served": section(steps=2, rollouts="llamacpp", device_batch=3)}
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_what_two_processes_write_is_learned_from_as_by_one(wide_model, tmp_path
 
 
 GOING_ON = """
-made = run("run", recipe.Recipe(sft=BARE, rl=section(steps=6, checkpoint_steps=2)), prompts_of_rows())
+made = run("run", recipe.Recipe(sft=BARE, rl=section(steps=6, checkpoint_steps=2, device_batch=2)), prompts_of_rows())
 if os.environ["RANK"] == "0":
     (out / "curve.json").write_text(json.dumps([h["loss"] for h in made.detail["curve"]]))
 """

@@ -103,7 +103,10 @@ class Pipeline:
             section["arms"] = self.further_arms
         if rules in ("filter", "rl"):
             section = [section, self.recipe.judge, self.recipe.filter.max_tokens]
-        if rules == "rl":  # what is cut off is learned from, or not, by evaluate's limit
+        if rules == "rl":
+            # How many are learned from at once changes rounding alone, and is lowered where memory ran out.
+            del section[0]["device_batch"]
+            # What is cut off is learned from, or not, by evaluate's limit.
             section = [section, self.recipe.rl.max_tokens < self.recipe.evaluate.max_tokens]
         if rules in ("sft", "rl", "evaluate", "generate"):
             section = [section, self.recipe.device, self.recipe.dtype, self.recipe.engine]

@@ -166,6 +166,8 @@ class RlSection(Section):
     """Prompts a step."""
     group: int = Field(default=4, ge=2)
     """Completions a prompt, whose mean reward is the baseline."""
+    device_batch: int | None = Field(default=None, ge=1)
+    """Completions that one device learns from at once, as in sft; all of a step's are written at once."""
     max_tokens: int = Field(default=128, ge=16)
     """The most tokens of one completion."""
     temperature: float = Field(default=1.0, gt=0)

@@ -172,11 +172,14 @@ def _train(
 def _arguments(recipe: Recipe, scratch: Path, masked: bool, context_tokens: int) -> Any:
     from trl import GRPOConfig
 
-    section = recipe.rl
+    section, parts = recipe.rl, processes.count()
+    at_once = processes.completions_at_once(recipe, parts)
     return GRPOConfig(
         output_dir=str(scratch),
         max_steps=section.steps,
-        per_device_train_batch_size=processes.completions_at_once(recipe, processes.count()),
+        per_device_train_batch_size=at_once,
+        # One generation a step: TRL makes it for so many parts as gradients are summed over.
+        gradient_accumulation_steps=processes.completions_a_step(recipe, parts) // at_once,
         num_generations=section.group,
         max_completion_length=section.max_tokens,
         temperature=section.temperature,

@@ -34,9 +34,9 @@ def estimate(recipe: Recipe, config: Any, stage: Literal["sft", "rl"] = "sft") -
     and gather one layer at a time (counted: two). Activations after Korthikanti et al. (arXiv 2205.05198, section 4.1)
     for today's layers, see `kept_by_a_layer`; with gradient checkpointing the input of each layer and one whole layer
     (their section 5). The head computes in tiles on a GPU (TRL), so that logits are not counted; a CPU keeps those of
-    the positions that are learned, which are counted as half of all. RL takes all of a process's completions of a step
-    at once; while it writes them, keys and values of all layers take the activations' place, where they are more. Not
-    counted: what vLLM takes beside it.
+    the positions that are learned, which are counted as half of all. RL learns from `rl.device_batch` completions at
+    once, and writes all of a process's together: then their keys and values of all layers take the activations' place,
+    where they are more. Not counted: what vLLM takes beside it.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -59,13 +59,15 @@ def estimate(recipe: Recipe, config: Any, stage: Literal["sft", "rl"] = "sft") -
     if stage == "sft":
         tokens, cached = processes.rows_at_once(recipe, count) * section.max_tokens, 0
     else:
-        tokens = processes.completions_at_once(recipe, count) * (PROMPT_TOKENS + section.max_tokens)
-        cached = 2 * compute * _kept_heads(text) * text.num_hidden_layers
+        row = PROMPT_TOKENS + section.max_tokens
+        tokens = processes.completions_at_once(recipe, count) * row
+        written = processes.completions_a_step(recipe, count) * row
+        cached = written * 2 * compute * _kept_heads(text) * text.num_hidden_layers
     layer = kept_by_a_layer(text, compute)
     layers = text.num_hidden_layers - section.frozen_layers
     kept = compute * text.hidden_size * layers + layer if recipe.gradient_checkpointing else layer * layers
     logits = 0.0 if recipe.device == "cuda" else 3 * 4 * text.vocab_size / 2
-    return Footprint(held, 4 * trains * share, 8 * trains * share, tokens * max(kept + logits, cached))
+    return Footprint(held, 4 * trains * share, 8 * trains * share, max(tokens * (kept + logits), cached))
 
 
 def kept_by_a_layer(text: Any, compute: int) -> float:

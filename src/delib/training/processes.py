@@ -163,7 +163,7 @@ def rows_at_once(recipe: Recipe, processes: int) -> int:
     return rows
 
 
-def completions_at_once(recipe: Recipe, processes: int) -> int:
+def completions_a_step(recipe: Recipe, processes: int) -> int:
     """Completions of an RL step that each process writes and learns from; a group may lie on two of them, and its mean
     is over all of it. Raises UserError where they do not add up to the step's."""
     whole = recipe.rl.prompts * recipe.rl.group
@@ -173,6 +173,18 @@ def completions_at_once(recipe: Recipe, processes: int) -> int:
             f"let them be a multiple of {processes}"
         )
     return whole // processes
+
+
+def completions_at_once(recipe: Recipe, processes: int) -> int:
+    """Completions of these that a device learns from at once. Raises UserError where they do not add up to them."""
+    part = completions_a_step(recipe, processes)
+    rows = min(recipe.rl.device_batch or part, part)
+    if part % rows:
+        raise UserError(
+            f"rl.device_batch: {rows} does not divide the {part} completions of a step that each of {processes} "
+            f"processes takes; take a divisor of {part}"
+        )
+    return rows
 
 
 def problems(recipe: Recipe) -> list[str]:
