@@ -23,6 +23,7 @@ from delib.stages.report import HEADLINE, shown
 from delib.wiring import ABLATION, ARMS, RECORD_STAGES
 
 ORDERED = (
+    "reward",
     "not_unsafe",
     "hard_refusal_style",
     "safe_completion",
