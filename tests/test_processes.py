@@ -13,7 +13,7 @@ from delib import pipeline, recipe
 from delib.errors import StageError, UserError
 from delib.records import Example, Manifest, Message
 from delib.run import RECORDS, Run
-from delib.stages import sft
+from delib.stages import rl, sft
 from delib.training import footprint, processes
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", "--"]
@@ -158,6 +158,22 @@ def test_what_does_not_fit_together_is_told_before_any_compute(tmp_path, tiny_mo
     assert told(TWO.replace("'no'", "bf16"), dtype="bfloat16") == []
     zero = TWO.replace("MULTI_GPU", "DEEPSPEED") + "deepspeed_config: {zero_stage: 3}\n"
     assert "ZeRO-3 takes no adapter" in told(zero, device="cuda", sft={"lora": {}})[0]
+    assert "take a divisor of 6" in told(TWO, rl={"prompts": 3, "group": 4, "device_batch": 4})[0]
+    summed = zero.replace("stage: 3", "stage: 2, gradient_accumulation_steps: 1")
+    parted = {"sft": {"batch_size": 8, "device_batch": 2}, "rl": {"prompts": 2, "group": 4, "device_batch": 1}}
+    assert [p.split("; ")[0] for p in told(summed, device="cuda", **parted)[:2]] == [
+        f"accelerate: gradient_accumulation_steps is 1, and {stage} sums over {parts} parts of a step"
+        for stage, parts in (("sft", 2), ("rl", 4))
+    ]
+    assert told(summed, device="cuda") == told(zero, device="cuda", **parted) == deepspeed
+
+
+def test_gradients_are_parted_after_each_part_of_a_step_under_fsdp(tmp_path):
+    for kind, each in (("FSDP", {"sync_each_batch": True}), ("MULTI_GPU", None)):
+        (tmp_path / "a.yaml").write_text(TWO.replace("MULTI_GPU", kind), encoding="utf-8")
+        given = recipe.Recipe.model_validate({"device": "cuda", "accelerate": str(tmp_path / "a.yaml")})
+        for made in (sft.arguments_of(given, 4, tmp_path), rl._arguments(given, tmp_path, True, 64)):
+            assert made.accelerator_config.gradient_accumulation_kwargs == each
 
 
 def test_what_the_model_has_not_is_told_where_it_is_at_hand(tmp_path, tiny_model, monkeypatch):

@@ -23,7 +23,6 @@ from delib.stages.report import HEADLINE, shown
 from delib.wiring import ABLATION, ARMS, RECORD_STAGES
 
 ORDERED = (
-    "reward",
     "not_unsafe",
     "hard_refusal_style",
     "safe_completion",

@@ -23,6 +23,7 @@ from delib.run import Run, StageFolder
 from delib.spec import Spec
 from delib.stages.prompts import content_id
 from delib.stats import differ, holm, p_value, paired
+from delib.wiring import IDLE
 
 AS_REQUIRED = "as_required"
 OF_CATEGORY = (AS_REQUIRED, *HEADLINE)
@@ -180,6 +181,8 @@ def _pair(first: Sample, second: Sample, old: Spec, new: Spec) -> Pair:
     for found, demand in zip((before, after), demands, strict=True):
         if demand is not None:
             found[AS_REQUIRED] = found[FOLLOWED[demand]]
+        if demands[0] != demands[1]:  # a score by another demand
+            found.pop("judge_score", None)
     return Pair(first, second, before, after, (demands[0], demands[1]))
 
 
@@ -190,7 +193,7 @@ def _recipes(one: Recipe, two: Recipe) -> list[str]:
     for name in old:
         nested = isinstance(old[name], dict) and isinstance(new[name], dict)
         for key in old[name] if nested else ():
-            if old[name][key] != new[name][key]:
+            if old[name][key] != new[name][key] and key not in IDLE.get(name, ()):
                 found.append(f"{name}.{key} {old[name][key]} → {new[name][key]}")
         if not nested and old[name] != new[name]:
             found.append(f"{name} {old[name]} → {new[name]}")

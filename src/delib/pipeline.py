@@ -34,7 +34,7 @@ from delib.run import Run, StageFolder, disk_error, free_megabytes, key_of, sha2
 from delib.spec import Spec
 from delib.stages import distill, evaluate, filter, generate, prompts, report, rl, sft
 from delib.training import cold_start, processes
-from delib.wiring import ARMS, BEFORE, CHECKPOINT, OUTPUTS, RECORD_STAGES, SECTIONS, TOGETHER, before, stages_of
+from delib.wiring import ARMS, BEFORE, CHECKPOINT, IDLE, OUTPUTS, RECORD_STAGES, SECTIONS, TOGETHER, before, stages_of
 
 ASKED = 120
 """Labelled answers that a prompted judge is measured with for the report; `delib judge-check` asks about all."""
@@ -95,18 +95,14 @@ class Pipeline:
 
     def basis(self, stage: str) -> tuple[Any, int]:
         """What of the recipe a stage's output depends on: its section, and what else of it counts, and the seed."""
-        # The second judge changes no answer: with another one they are graded anew, and not made anew. Where curves go
-        # beside the manifest changes nothing.
+        # The second judge changes no answer: with another one they are graded anew, and not made anew.
         rules = SECTIONS.get(stage, stage)
-        section: Any = getattr(self.recipe_of(stage), rules).model_dump(exclude={"second_judge", "report_to"})
+        section: Any = getattr(self.recipe_of(stage), rules).model_dump(exclude=IDLE.get(rules))
         if stage == "ablate":
             section["arms"] = self.further_arms
         if rules in ("filter", "rl"):
             section = [section, self.recipe.judge, self.recipe.filter.max_tokens]
-        if rules == "rl":
-            # How many are learned from at once changes rounding alone, and is lowered where memory ran out.
-            del section[0]["device_batch"]
-            # What is cut off is learned from, or not, by evaluate's limit.
+        if rules == "rl":  # what is cut off is learned from, or not, by evaluate's limit
             section = [section, self.recipe.rl.max_tokens < self.recipe.evaluate.max_tokens]
         if rules in ("sft", "rl", "evaluate", "generate"):
             section = [section, self.recipe.device, self.recipe.dtype, self.recipe.engine]

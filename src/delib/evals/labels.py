@@ -124,7 +124,7 @@ def _verdict(sample: Sample, label: Observed | None, spec: Spec) -> list[Verdict
     right = float(label == spec.required(sample.prompt.clause, sample.prompt.behaviour))
     return [
         Verdict(
-            score=right,
+            score=None,  # a label says what was done, and not how well
             behaviour=label,
             criteria={"compliance": right},
             reason=f"labelled {label}",

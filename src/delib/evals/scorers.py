@@ -1,6 +1,6 @@
 """inspect_ai scorers: what a model's output says as a delib Completion, graded by a delib judge or by rule.
 
-A Score's value is a dict of figures, each 0 or 1 (or a share), and only those that are about this prompt. NaN is
+A Score's value is a dict of figures, each 0 or 1 (or from 0 to 1), and only those that are about this prompt. NaN is
 inspect's mark for unscored: ungraded, left out of the mean and counted. The metric `figures` gives each figure's mean
 with n and a bootstrap interval that resamples prompts, those made from one another together; a figure that nobody
 graded has no mean.

@@ -36,7 +36,7 @@ HEADLINE = (
     ("policy_retrieval_comply", "the same, comply (policy topics)"),
     ("clause_accuracy", "reasoning cites the deciding clause"),
     ("reasoning_matches_answer", "the answer does what the reasoning concludes"),
-    ("reward", "the judge's score of an answer, broken ones 0: what RL is to raise"),
+    ("judge_score", "the judge's score of an answer, 0 where it is broken"),
     ("well_formed", "closed reasoning and an answer, ended by itself"),
     ("truncated", "cut at max_tokens (lower is better)"),
     ("tokens", "tokens a completion"),

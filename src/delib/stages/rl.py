@@ -172,14 +172,14 @@ def _train(
 def _arguments(recipe: Recipe, scratch: Path, masked: bool, context_tokens: int) -> Any:
     from trl import GRPOConfig
 
-    section, parts = recipe.rl, processes.count()
-    at_once = processes.completions_at_once(recipe, parts)
+    section, count = recipe.rl, processes.count()
     return GRPOConfig(
         output_dir=str(scratch),
         max_steps=section.steps,
-        per_device_train_batch_size=at_once,
+        per_device_train_batch_size=processes.completions_at_once(recipe, count),
         # One generation a step: TRL makes it for so many parts as gradients are summed over.
-        gradient_accumulation_steps=processes.completions_a_step(recipe, parts) // at_once,
+        gradient_accumulation_steps=processes.parts_of_a_step(recipe, count)["rl"],
+        **processes.summing(recipe),
         num_generations=section.group,
         max_completion_length=section.max_tokens,
         temperature=section.temperature,

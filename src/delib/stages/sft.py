@@ -173,6 +173,7 @@ def arguments_of(recipe: Recipe, steps: int, scratch: Path, held_out: bool = Fal
         num_train_epochs=1,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=section.batch_size // (rows * processes.count()),
+        **processes.summing(recipe),
         learning_rate=section.learning_rate,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": round(steps * DECAY)},

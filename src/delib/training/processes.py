@@ -187,6 +187,22 @@ def completions_at_once(recipe: Recipe, processes: int) -> int:
     return rows
 
 
+def parts_of_a_step(recipe: Recipe, processes: int) -> dict[str, int]:
+    """By stage, over how many parts a process sums its gradients up. Raises UserError as the two above."""
+    return {
+        "sft": recipe.sft.batch_size // (rows_at_once(recipe, processes) * processes),
+        "rl": completions_a_step(recipe, processes) // completions_at_once(recipe, processes),
+    }
+
+
+def summing(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of a trainer: under FSDP gradients are parted after each part of a step. By default they would stay
+    whole on every GPU until its last one, so that smaller parts would take more memory and not less."""
+    if str(config(recipe).get("distributed_type")) != "FSDP":
+        return {}
+    return {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
+
+
 def problems(recipe: Recipe) -> list[str]:
     """What of `accelerate`, `device`, batch sizes and adapter does not fit together."""
     told = fitting.layers(recipe, "sft", recipe.sft)
@@ -220,6 +236,14 @@ def problems(recipe: Recipe) -> list[str]:
         told.append(
             "accelerate: MULTI_CPU starts several processes by MPI alone; MULTI_GPU does so without, on a CPU too"
         )
+    summed = (found.get("deepspeed_config") or {}).get("gradient_accumulation_steps", "auto")
+    if kind == "DEEPSPEED" and not told and summed != "auto":
+        told += [
+            f"accelerate: gradient_accumulation_steps is {summed}, and {stage} sums over {parts} parts of a step; take "
+            "the key out of the file's deepspeed_config"
+            for stage, parts in parts_of_a_step(recipe, planned(recipe)).items()
+            if parts != summed
+        ]
     if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
         told.append("accelerate: deepspeed is not installed; run 'pip install deepspeed'")
     return told
