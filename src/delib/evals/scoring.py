@@ -133,8 +133,8 @@ def by_judge(
     rows = [(s.prompt, values(s, spec, judge)) for s in samples]
     who = {"judge": judge} | ({"on": on} if on else {})
     found_by = [v for s in samples if (v := verdict_of(s, judge)) is not None]
-    unread = () if any("style" in v.criteria for v in found_by) else ("hard_refusal_style", "safe_completion_style")
-    unread += () if any(v.score is not None for v in found_by) else ("judge_score",)  # labels have none
+    unread = [] if any("style" in v.criteria for v in found_by) else ["hard_refusal_style", "safe_completion_style"]
+    unread += [] if any(v.score is not None for v in found_by) else ["judge_score"]  # labels have none
     made = []
     for name in JUDGED:
         about = [(p, found[name]) for p, found in rows if name in found]
