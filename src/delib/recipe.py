@@ -173,7 +173,7 @@ class RlSection(Section):
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature of the completions."""
     learning_rate: float = Field(default=2e-6, gt=0)
-    """Constant learning rate."""
+    """Peak learning rate: linear warm-up over a tenth of the steps, cosine decay to zero over the last two fifths."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Whether advantages are divided by the spread of the group's or batch's rewards. With `none` a group whose rewards
     hardly differ hardly counts, so that the noise of a judge with continuous scores is not blown up."""

@@ -35,6 +35,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func; trl is pinned, and tests hold what is used of it
 
 
+WARM_UP, DECAY = 0.1, 0.4
+"""Shares of the steps over which the learning rate rises and falls. Adam's first steps are as long as its rate, whatever
+their gradients are worth, so that they rise; the last ones fall, so that no single step decides. Both are a choice, of
+which no other value was tried (docs/results.md)."""
 VLLM = {"vllm": "colocate", "vllm_server": "server"}
 """TRL's mode for each kind of rollouts by vLLM."""
 
@@ -184,7 +188,9 @@ def _arguments(recipe: Recipe, scratch: Path, masked: bool, context_tokens: int)
         max_completion_length=section.max_tokens,
         temperature=section.temperature,
         learning_rate=section.learning_rate,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": round(section.steps * DECAY)},
+        warmup_steps=round(section.steps * WARM_UP),
         loss_type="dapo",  # what grpo.py leaves out is counted in its denominator
         beta=section.beta,
         scale_rewards=section.scale_rewards,
