@@ -36,9 +36,9 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func; trl is p
 
 
 WARM_UP, DECAY = 0.1, 0.4
-"""Shares of the steps over which the learning rate rises and falls. Adam's first steps are as long as its rate, whatever
-their gradients are worth, so that they rise; the last ones fall, so that no single step decides. Both are a choice, of
-which no other value was tried (docs/results.md)."""
+"""Shares of the steps over which the learning rate rises and falls. Adam's first steps are as long as its rate,
+whatever their gradients are worth, so they rise; the last ones fall, so that no single step decides. Both are a choice:
+they were not tried on their own (docs/results.md)."""
 VLLM = {"vllm": "colocate", "vllm_server": "server"}
 """TRL's mode for each kind of rollouts by vLLM."""
 
