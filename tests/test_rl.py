@@ -174,7 +174,7 @@ def test_a_judge_failure_is_no_reward_and_not_zero(tokenizer, tmp_path):
     assert samples[0].failure == "ungraded"
 
 
-def test_rl_draws_as_many_to_help_with_as_not_and_the_near_ones_twice_as_often():
+def test_rl_draws_each_behaviour_alike_and_half_of_those_to_help_from_plain_prompts():
     made = []
     for number in range(40):
         kind = ("refuse", "comply", "safe_complete", "comply")[number % 4]
@@ -182,25 +182,16 @@ def test_rl_draws_as_many_to_help_with_as_not_and_the_near_ones_twice_as_often()
         made.append(
             Prompt(id=str(number), messages=[Message(role="user", content="Q")], category=category, behaviour=kind)
         )
-
-    def drawn(given, count):
-        chosen = rl.mixed(given, count, seed=1)
-        assert rl.mixed(given, count, seed=1) == chosen
-        assert len({p.id for p in chosen}) == count, "no prompt twice before its pile is through"
-        return Counter((str(p.behaviour), p.category) for p in chosen)
-
-    assert drawn(made, 24) == {
+    chosen = rl.mixed(made, 24, seed=1)
+    drawn = Counter((str(p.behaviour), p.category) for p in chosen)
+    assert drawn == {
         ("refuse", "fraud"): 8,
-        ("comply", "fraud"): 8,
-        ("safe_complete", "fraud"): 4,
+        ("safe_complete", "fraud"): 8,
+        ("comply", "fraud"): 4,
         ("comply", None): 4,
     }
-    assert drawn([p for p in made if p.category and p.behaviour != "safe_complete"], 8) == {
-        ("refuse", "fraud"): 4,
-        ("comply", "fraud"): 4,
-    }
-    unlabelled = Prompt(id="u", messages=[Message(role="user", content="Q")], category="fraud", behaviour=None)
-    assert rl.mixed([unlabelled], 2, seed=1) == [unlabelled] * 2
+    assert rl.mixed(made, 24, seed=1) == chosen
+    assert len({p.id for p in chosen}) == 24, "no prompt twice before its pile is through"
 
 
 def test_rl_that_was_killed_after_its_last_step_makes_no_other(tiny_model, tmp_path):

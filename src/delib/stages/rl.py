@@ -3,8 +3,8 @@
 In: prompts and the SFT model. Out: `checkpoint/`, every graded completion in `records.jsonl`, the curve in the
 manifest. The reasoning is hidden from the judge, so that no pressure is put on it (arXiv 2412.16339); what it says is
 watched, and never rewarded (`training/monitor.py`). Departures: the paper does not disclose algorithm or sizes; GRPO
-here, over a fixed mix of kinds of prompts. In several processes all of them come here, each writes and learns from its
-part of a step, and the one that leads grades and writes.
+here, the three behaviours in equal parts, comply's halved between look-alikes and plain prompts. In several processes
+all of them come here, each writes and learns from its part of a step, and the one that leads grades and writes.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -39,23 +39,25 @@ WARM_UP, DECAY = 0.1, 0.4
 """Shares of the steps over which the learning rate rises and falls. Adam's first steps are as long as its rate,
 whatever their gradients are worth, so they rise; the last ones fall, so that no single step decides. Both are a choice:
 they were not tried on their own (docs/results.md)."""
-TURNS = ("refuse", "comply", "safe_complete", "refuse", "comply", "plain")
-"""The kinds of prompts in the order in which RL draws them: as many to help with as not, and disallowed prompts and
-look-alikes, between which the line runs, twice as often as the others. RL goes where the mix pulls (docs/results.md
-tells of others)."""
 VLLM = {"vllm": "colocate", "vllm_server": "server"}
 """TRL's mode for each kind of rollouts by vLLM."""
 
 
 def mixed(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
-    """`count` prompts, in `TURNS`; none twice before its kind's pile is through."""
+    """`count` prompts, in turn from each behaviour, and within one in turn from each kind: helping, which look-alikes
+    and plain prompts share, weighs no more than refusing (docs/results.md tells what four equal kinds did)."""
     order = random.Random(seed)
-    piles: dict[str, list[Prompt]] = {}
+    piles: dict[str, dict[str, list[Prompt]]] = {}
     for prompt in prompts:
-        piles.setdefault(kind_of(prompt) if prompt.behaviour else "comply", []).append(prompt)
-    drawn = {kind: itertools.cycle(order.sample(piles[kind], len(piles[kind]))) for kind in sorted(piles)}
-    turns = itertools.cycle([kind for kind in TURNS if kind in drawn])
-    return [next(drawn[next(turns)]) for _ in range(count)]
+        piles.setdefault(prompt.behaviour or "comply", {}).setdefault(kind_of(prompt), []).append(prompt)
+
+    def endless(kinds: dict[str, list[Prompt]]) -> Iterator[Prompt]:
+        pile = itertools.cycle([itertools.cycle(order.sample(kinds[k], len(kinds[k]))) for k in sorted(kinds)])
+        while True:
+            yield next(next(pile))
+
+    turns = itertools.cycle([endless(piles[behaviour]) for behaviour in sorted(piles)])
+    return [next(next(turns)) for _ in range(count)]
 
 
 def problems(recipe: Recipe) -> list[str]:
