@@ -104,7 +104,7 @@ def test_what_sft_and_rl_train_on_by_hand():
     rows = capacity.foretell(live("generate.max_tokens=100"), cluster(LATENCY), 1000)
     assert of(rows, "sft", "training on 1").tokens == 1000 * 2 * (256 + 100)
     assert of(rows, "rl", "training on 1").tokens == 28 * 16 * 4 * (256 + 192)
-    assert of(rows, "rl", "smollm2").calls == 24 * 8 * 4
+    assert of(rows, "rl", "smollm2").calls == 28 * 16 * 4
     assert of(rows, "evaluate", "smollm2").calls == 4 * 283
     limited = live("generate.max_tokens=100", "sft.limit=480", "filter.limit=900", "filter.best_of=9")
     assert of(capacity.foretell(limited, cluster(LATENCY), 1000), "sft", "training on 1").tokens == 480 * 2 * 356
