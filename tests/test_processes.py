@@ -168,6 +168,13 @@ def test_what_does_not_fit_together_is_told_before_any_compute(tmp_path, tiny_mo
     assert told(summed, device="cuda") == told(zero, device="cuda", **parted) == deepspeed
 
 
+def test_a_stage_is_not_held_up_by_the_other_ones_batch():
+    given = recipe.Recipe.model_validate({"sft": {"batch_size": 4}, "rl": {"prompts": 3, "group": 4}})
+    assert processes.parts_of_a_step(given, "rl", 3) == 1
+    with pytest.raises(UserError, match=r"sft.batch_size: 4 can not be parted among 3"):
+        processes.parts_of_a_step(given, "sft", 3)
+
+
 def test_gradients_are_parted_after_each_part_of_a_step_under_fsdp(tmp_path):
     for kind, each in (("FSDP", {"sync_each_batch": True}), ("MULTI_GPU", None)):
         (tmp_path / "a.yaml").write_text(TWO.replace("MULTI_GPU", kind), encoding="utf-8")

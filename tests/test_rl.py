@@ -1,13 +1,14 @@
 """What the RL judge is shown, and what moves the weights: on the tiny model, and on tags that are special tokens."""
 
 import asyncio
+import itertools
 from collections import Counter
 from contextlib import asynccontextmanager
 
 import pytest
 
 from conftest import ROWS, SPEC
-from delib import recipe, spec
+from delib import pipeline, recipe, spec
 from delib.errors import UserError
 from delib.models import embedded
 from delib.recipe import EvaluateSection, RlSection, SftSection
@@ -268,6 +269,32 @@ def test_a_device_learns_from_a_part_of_a_step_at_once(tiny_model, tmp_path, mon
         assert told in (written, written[8:])  # a journal begins at the checkpoint
     with pytest.raises(UserError, match=r"rl.device_batch: 3 does not divide the 8 completions .* take a divisor of 8"):
         made("none", 3)
+
+
+def test_the_rate_rises_and_falls_and_smaller_parts_make_nothing_anew(tmp_path):
+    import torch
+    from transformers import get_scheduler
+
+    loaded = recipe.load(recipe.RECIPES / "small.yaml")
+    made, steps = rl._arguments(loaded, tmp_path, False, 400), loaded.rl.steps
+    optimiser = torch.optim.SGD([torch.zeros(1)], lr=made.learning_rate)
+    more = {"num_warmup_steps": made.warmup_steps, "num_training_steps": steps}
+    scheduler = get_scheduler(
+        made.lr_scheduler_type, optimiser, scheduler_specific_kwargs=made.lr_scheduler_kwargs, **more
+    )
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0] / made.learning_rate)
+        optimiser.step()
+        scheduler.step()
+    assert rates[:4] == pytest.approx([0, 1 / 3, 2 / 3, 1]) and rates[3:18] == [1.0] * 15
+    assert all(one > two for one, two in itertools.pairwise(rates[17:])) and rates[-1] < 0.05
+
+    def basis(**more):
+        section = loaded.rl.model_copy(update=more)
+        return pipeline.start_run(loaded.model_copy(update={"rl": section}), tmp_path / "run").basis("rl")
+
+    assert basis(device_batch=16, report_to="none") == basis() != basis(prompts=8)
 
 
 def model_that(ends, tiny_model, folder):

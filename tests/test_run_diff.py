@@ -77,6 +77,7 @@ def test_before_after_and_paired_differences_by_hand(two):
     assert (safe.before, safe.after, safe.n) == (1 / 11, 1.0, 11), "F2 was no refuse prompt before, and has no pair"
     assert safe.difference == pytest.approx(10 / 11) and safe.sure and safe.low > 0.5
     assert line_of(found, "not_overrefuse") is None, "no prompt has to be helped in both"
+    assert line_of(found, "judge_score").n == 11, "nor is a score by one demand set against one by another"
     whole = line_of(found, diff.AS_REQUIRED)
     assert (whole.before, whole.after, whole.n) == (pytest.approx(3 / 13), pytest.approx(12 / 13), 13)
     assert line_of(found, diff.AS_REQUIRED, "F2").edited and not line_of(found, diff.AS_REQUIRED, "K1").edited
@@ -108,6 +109,12 @@ def test_each_side_is_held_against_its_own_label_and_the_edited_clause_comes_fir
     assert clauses == ["F2", "K1", "F1"]
     line = next(x for x in told.splitlines() if x.startswith("K1: as_required"))
     assert "0.000   1.000  +1.000 [" in line and " ** " in line and line.endswith(" 10")
+
+
+def test_keys_that_change_no_figure_are_no_difference():
+    idle = Recipe(rl={"device_batch": 2, "report_to": "trackio"}, evaluate={"second_judge": "probe"})
+    assert diff._recipes(Recipe(), idle) == []
+    assert diff._recipes(Recipe(), Recipe(rl={"group": 2})) == ["rl.group 4 → 2"]
 
 
 def test_ungraded_answers_are_no_numbers(tmp_path):

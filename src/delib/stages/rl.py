@@ -37,8 +37,8 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func; trl is p
 
 WARM_UP, DECAY = 0.1, 0.4
 """Shares of the steps over which the learning rate rises and falls. Adam's first steps are as long as its rate,
-whatever their gradients are worth, so they rise; the last ones fall, so that no single step decides. Both are a choice:
-they were not tried on their own (docs/results.md)."""
+whatever their gradients are worth, so they rise, the first one from 0; the last ones fall, so that no single step
+decides. Both are a choice: they were not tried on their own (docs/results.md)."""
 VLLM = {"vllm": "colocate", "vllm_server": "server"}
 """TRL's mode for each kind of rollouts by vLLM."""
 
@@ -182,7 +182,7 @@ def _arguments(recipe: Recipe, scratch: Path, masked: bool, context_tokens: int)
         max_steps=section.steps,
         per_device_train_batch_size=processes.completions_at_once(recipe, count),
         # One generation a step: TRL makes it for so many parts as gradients are summed over.
-        gradient_accumulation_steps=processes.parts_of_a_step(recipe, count)["rl"],
+        gradient_accumulation_steps=processes.parts_of_a_step(recipe, "rl", count),
         **processes.summing(recipe),
         num_generations=section.group,
         max_completion_length=section.max_tokens,

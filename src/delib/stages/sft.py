@@ -172,7 +172,7 @@ def arguments_of(recipe: Recipe, steps: int, scratch: Path, held_out: bool = Fal
         output_dir=str(scratch),
         num_train_epochs=1,
         per_device_train_batch_size=rows,
-        gradient_accumulation_steps=section.batch_size // (rows * processes.count()),
+        gradient_accumulation_steps=processes.parts_of_a_step(recipe, "sft", processes.count()),
         **processes.summing(recipe),
         learning_rate=section.learning_rate,
         lr_scheduler_type="warmup_stable_decay",

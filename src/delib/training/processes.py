@@ -11,7 +11,7 @@ import sys
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -25,6 +25,7 @@ LAUNCHED = "DELIB_LAUNCHED"
 PATIENCE = timedelta(hours=6)
 """How long one process waits for another before it gives up: a judge may take longer over a step of RL than the minutes
 that torch waits by itself. A process that ends is seen at once, by the launcher."""
+STAGES: tuple[Literal["sft", "rl"], ...] = ("sft", "rl")
 Row = TypeVar("Row")
 
 
@@ -153,14 +154,7 @@ def rows_at_once(recipe: Recipe, processes: int) -> int:
         raise UserError(
             f"sft.batch_size: {size} can not be parted among {processes} processes; take a multiple of {processes}"
         )
-    part = size // processes
-    rows = min(recipe.sft.device_batch or part, part)
-    if part % rows:
-        raise UserError(
-            f"sft.device_batch: {rows} does not divide the {part} of sft.batch_size that each of {processes} "
-            f"processes takes; take a divisor of {part}"
-        )
-    return rows
+    return _at_once("sft", recipe.sft.device_batch, size // processes, "of sft.batch_size", processes)
 
 
 def completions_a_step(recipe: Recipe, processes: int) -> int:
@@ -178,21 +172,24 @@ def completions_a_step(recipe: Recipe, processes: int) -> int:
 def completions_at_once(recipe: Recipe, processes: int) -> int:
     """Completions of these that a device learns from at once. Raises UserError where they do not add up to them."""
     part = completions_a_step(recipe, processes)
-    rows = min(recipe.rl.device_batch or part, part)
+    return _at_once("rl", recipe.rl.device_batch, part, "completions of a step", processes)
+
+
+def _at_once(stage: str, asked: int | None, part: int, what: str, processes: int) -> int:
+    rows = min(asked or part, part)
     if part % rows:
         raise UserError(
-            f"rl.device_batch: {rows} does not divide the {part} completions of a step that each of {processes} "
-            f"processes takes; take a divisor of {part}"
+            f"{stage}.device_batch: {rows} does not divide the {part} {what} that each of {processes} processes takes; "
+            f"take a divisor of {part}"
         )
     return rows
 
 
-def parts_of_a_step(recipe: Recipe, processes: int) -> dict[str, int]:
-    """By stage, over how many parts a process sums its gradients up. Raises UserError as the two above."""
-    return {
-        "sft": recipe.sft.batch_size // (rows_at_once(recipe, processes) * processes),
-        "rl": completions_a_step(recipe, processes) // completions_at_once(recipe, processes),
-    }
+def parts_of_a_step(recipe: Recipe, stage: Literal["sft", "rl"], processes: int) -> int:
+    """Over how many parts of a step each process sums its gradients up. Raises UserError as the two above."""
+    if stage == "sft":
+        return recipe.sft.batch_size // (rows_at_once(recipe, processes) * processes)
+    return completions_a_step(recipe, processes) // completions_at_once(recipe, processes)
 
 
 def summing(recipe: Recipe) -> dict[str, Any]:
@@ -241,8 +238,8 @@ def problems(recipe: Recipe) -> list[str]:
         told += [
             f"accelerate: gradient_accumulation_steps is {summed}, and {stage} sums over {parts} parts of a step; take "
             "the key out of the file's deepspeed_config"
-            for stage, parts in parts_of_a_step(recipe, planned(recipe)).items()
-            if parts != summed
+            for stage in STAGES
+            if (parts := parts_of_a_step(recipe, stage, planned(recipe))) != summed
         ]
     if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
         told.append("accelerate: deepspeed is not installed; run 'pip install deepspeed'")
