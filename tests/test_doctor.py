@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import transformers
 from typer.testing import CliRunner
 
 from delib import doctor
@@ -176,6 +177,9 @@ def test_a_recipe_is_looked_at_whole(bare, tmp_path, monkeypatch):
     assert found["model"].level == "problem" and "no such model" in found["model"].text
     assert found["generate.teacher"].level == "problem" and "no such GGUF file" in found["generate.teacher"].text
     assert found["judge"].level == "note" and "not in the hub's cache" in found["judge"].text
+    recipe.write_text("model: google/gemma-none\n")
+    student = {f.about: f for f in doctor.needed(recipes.load(recipe))}["model"]
+    assert student.level == "note" and "not in the hub's cache" in student.text, "what is trained is no provider's"
     monkeypatch.setattr(opened, "providers", missing)
     recipe.write_text("judge: anthropic/x\n")
     lost = {f.about: f for f in doctor.needed(recipes.load(recipe))}["judge"]
@@ -199,6 +203,11 @@ def test_training_is_held_against_the_smallest_gpu(monkeypatch, tiny_model, tmp_
         levels.append(doctor.fit(loaded)[0].level)
     assert levels == ["ok", "note", "problem"]
     assert doctor.fit(recipes.load(recipe, ["device=cpu"])) == []
+    monkeypatch.setattr(doctor, "_config", lambda _: transformers.T5Config())
+    assert [(f.level, f.text) for f in doctor.fit(loaded)] == [
+        ("note", "not estimated; model: t5 is no causal language model; name one that is")
+    ] * 2
+    monkeypatch.setattr(doctor, "_config", lambda _: config)
     monkeypatch.setattr(doctor, "gpus", lambda: [("big", 1e6)])
     (tmp_path / "two.yaml").write_text("num_processes: 2\ndistributed_type: MULTI_GPU\n")
     several = doctor.fit(recipes.load(recipe, ["accelerate=two.yaml"]))

@@ -68,6 +68,10 @@ def test_the_card_tells_where_it_comes_from(run, tmp_path):
         ("/secret/base/", "base"),
         ("C:\\secret\\base", "base"),
         ("vllm//secret/base", "vllm/base"),
+        ("openai-api/box//secret/base", "openai-api/box/base"),
+        ("openai-api/box/~/secret/base", "openai-api/box/base"),
+        ("openai-api/box/C:\\secret\\base", "openai-api/box/base"),
+        ("openai-api/box/mistralai/Mistral-7B", "openai-api/box/mistralai/Mistral-7B"),
     ],
 )
 def test_only_a_hub_id_or_a_called_model_is_named_as_it_is(tmp_path, monkeypatch, name, told):

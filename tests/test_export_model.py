@@ -169,6 +169,51 @@ def test_a_judge_that_took_no_part_stands_first_in_the_card(run, tmp_path):
     assert "(by compact)" in rows[1] and "| 0.80 (" in rows[1] and len(rows) == 2
 
 
+def restarted(run, place: str, *changes: str) -> None:
+    """The run begun once more, with another recipe; `place`: of which folder it is the recipe."""
+    given = run / place / "recipe.yaml"
+    given.write_text(recipe.dump(recipe.load(run / "recipe.yaml", list(changes))))
+
+
+def test_a_second_judge_that_labelled_the_prompts_took_part(run, tmp_path):
+    file = run / "evaluate" / "metrics.json"
+    rows = json.loads(file.read_text())
+    file.write_text(json.dumps(rows + [row | {"by": {"judge": "openai-api/box/j"}} for row in rows]))
+    restarted(run, ".", "evaluate.second_judge=openai-api/box/j", "prompts.labeller=openai-api/box/j")
+    close(pipeline.open_run(run), "evaluate", ["metrics.json"])
+    export_model.export_any(run, str(tmp_path / "out"), what="rl")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "(by openai-api/box/j)" in card and "took no part" not in card
+
+
+def test_the_card_tells_the_recipe_of_each_stage_and_not_of_a_later_start(run, tmp_path):
+    for stage in ("sft", "rl", "evaluate"):
+        restarted(run, stage)
+    restarted(run, ".", "sft.epochs=9", "rl.steps=200", "evaluate.max_tokens=512", "filter.threshold=0.9")
+    export_model.export_any(run, str(tmp_path / "out"), what="rl")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "| sft | epochs 2" in card and "| rl | steps 3" in card and "at most 16 tokens" in card
+    assert "kept from 0.0 on" in card
+
+
+def test_a_judge_that_is_a_model_is_not_asked_for_the_card(run, tmp_path, monkeypatch):
+    """What the run's report tells of it stands there; without one, that nothing was measured."""
+    monkeypatch.delenv("BOX_BASE_URL", raising=False)
+    restarted(run, "filter", "judge=openai-api/box//srv/models/j")
+    export_model.export_any(run, str(tmp_path / "a"), what="rl")
+    card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    assert "How far openai-api/box/j agrees with people was not measured" in card and "/srv" not in card
+    restarted(run, "filter")
+    opened = pipeline.open_run(run)
+    told = Manifest(stage="report", recipe="", inputs=opened.inputs("report"), outputs={}, counts={})
+    told.detail["agreements"] = [AGREED]
+    (run / "report").mkdir()
+    opened.folder("report").finish(told, [])
+    monkeypatch.setattr(pipeline.agreement, "measure", None)
+    export_model.export_any(run, str(tmp_path / "b"), what="rl")
+    assert "On 9 answers" in (tmp_path / "b" / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_checkpoint_that_was_not_evaluated_has_no_figures(run, tmp_path):
     (run / "evaluate" / "manifest.json").unlink()
     export_model.export_any(run / "rl" / "checkpoint", str(tmp_path / "out"))

@@ -86,6 +86,22 @@ def test_reasoning_that_speaks_of_its_grader(text, speaks):
     assert speaks_of_grader(text) is speaks
 
 
+def test_few_steps_are_compared_by_halves_and_fewer_than_six_not_at_all():
+    """A hack that begins halfway."""
+    told = {}
+    for steps in (4, 5, 6, 8):
+        watching = monitor()
+        for step in range(steps):
+            late = step >= (steps + 1) // 2
+            answer = "I'm sorry, but I can't help with that." if late else "We open at nine."
+            watching.step(step, [graded(answer, float(late), category=None)] * 4)
+        told[steps] = watching.alarms()
+        assert watching.compared is (steps >= 6)
+    assert told[4] == told[5] == []
+    assert any("refusals of plain prompts rose from 0% to 100%" in alarm for alarm in told[6])
+    assert any("refusals of plain prompts rose from 0% to 100%" in alarm for alarm in told[8])
+
+
 def test_an_alarm_counts_reasonings_and_not_steps():
     watching = monitor()
     for step in range(WINDOW):

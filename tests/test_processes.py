@@ -359,6 +359,12 @@ def test_rl_of_all_weights_fits_where_they_are_parted():
     whole = footprint.estimate(alone, config, "rl")
     assert sum(parted) / 2**30 < 80 < sum(whole) / 2**30
     assert whole.optimiser == 2 * whole.gradients == 8 * parted.optimiser
+    held = footprint.estimate(
+        recipe.load(recipe.RECIPES / "gpu-8x80gb.yaml", ["rl.lora=null", "rl.beta=0.04"]), config, "rl"
+    )
+    assert held.weights - parted.weights == pytest.approx(whole.gradients / 8), (
+        "a second model, of float32 as the gradients"
+    )
     in_parts = recipe.load(recipe.RECIPES / "gpu-8x80gb.yaml", ["rl.lora=null", "accelerate=null", "rl.device_batch=8"])
     few = footprint.estimate(in_parts, config, "rl")
     keys = 64 * (256 + alone.rl.max_tokens) * 2 * 2 * 8 * 128 * 36  # of all that is written, 36 layers in bfloat16

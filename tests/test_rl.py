@@ -290,11 +290,13 @@ def test_the_rate_rises_and_falls_and_smaller_parts_make_nothing_anew(tmp_path):
     assert rates[:4] == pytest.approx([0, 1 / 3, 2 / 3, 1]) and rates[3:18] == [1.0] * 15
     assert all(one > two for one, two in itertools.pairwise(rates[17:])) and rates[-1] < 0.05
 
-    def basis(**more):
-        section = loaded.rl.model_copy(update=more)
-        return pipeline.start_run(loaded.model_copy(update={"rl": section}), tmp_path / "run").basis("rl")
+    def basis(stage, given=loaded, **more):
+        section = getattr(given, stage).model_copy(update=more)
+        return pipeline.start_run(given.model_copy(update={stage: section}), tmp_path / "run").basis(stage)
 
-    assert basis(device_batch=16, report_to="none") == basis() != basis(prompts=8)
+    assert basis("rl", device_batch=16, report_to="none") == basis("rl") != basis("rl", prompts=8)
+    other = loaded.model_copy(update={"engine": "transformers"})
+    assert basis("sft", other, device_batch=1) == basis("sft") != basis("sft", batch_size=8)
 
 
 def model_that(ends, tiny_model, folder):

@@ -122,9 +122,11 @@ def _heed_ctrl_c() -> None:
         ("smollm2", {"host": "no.such.host.invalid"}, "name an address of this machine"),
         ("smollm2", {"host": "192.0.2.1"}, "name another, or another --host"),
         ("smollm2", {"device": "cuda"}, "pip install vllm"),
+        ("google/gemma-3-1b-it", {"device": "cuda"}, "pip install vllm"),
     ],
 )
 def test_what_can_not_be_served_is_one_clear_error(model, options, told):
+    """A model of an owner whose name is a provider's too is a hub id here."""
     given = {"host": "127.0.0.1", "port": 0, "context_tokens": 256, "device": "cpu"} | options
     with pytest.raises(UserError, match=told):
         serving.serve(model, **given)
@@ -220,7 +222,8 @@ def test_chat_hides_the_reasoning_and_begins_with_the_system_message(monkeypatch
             return chat.completion("<think>\nK1 decides.\n</think>\n\nI am sorry.", sent="", model="m", cut=False)
 
     @asynccontextmanager
-    async def opened(self, name, context_tokens):
+    async def opened(self, name, context_tokens, slots):
+        assert slots == 1, "room for one call at once is all that a conversation needs"
         yield Model()
 
     lines = iter(["Which share?", "Why?", ""])

@@ -5,11 +5,18 @@ Unclosed reasoning has no answer: nothing that follows an open `<think>` is ever
 """
 
 import re
+from datetime import date
 from typing import Any, Literal, NamedTuple
 
+from jinja2 import TemplateError
+
+from delib.errors import UserError
 from delib.records import Completion, Message
 
 OPEN, CLOSE = "<think>", "</think>"
+TODAY = date(2024, 7, 26)
+"""What a template that writes the day's date is told, so that a run that goes on tomorrow sends the same prompts: the
+day that Llama 3's own templates fall back on."""
 
 
 class Parts(NamedTuple):
@@ -34,10 +41,30 @@ def harmless(text: str, tokenizer: Any) -> str:
 def render(tokenizer: Any, messages: list[Message]) -> str:
     """The exact text a model is sent: its chat template with the assistant's turn opened.
 
-    `tokenizer`: a transformers tokenizer with a chat template.
+    `tokenizer`: a transformers tokenizer. Raises UserError where it has no chat template, or one that does not take
+    these roles.
     """
+    if not tokenizer.chat_template:
+        raise UserError(no_template(tokenizer.name_or_path))
     rows = [{"role": m.role, "content": harmless(m.content, tokenizer)} for m in messages]
-    return str(tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True))
+    # transformers hands a template the clock and takes no other; formats stand in templates as literals.
+    template = re.sub(
+        r"strftime_now\((['\"])(.*?)\1\)", lambda found: repr(TODAY.strftime(found[2])), tokenizer.get_chat_template()
+    )
+    try:
+        return str(
+            tokenizer.apply_chat_template(rows, chat_template=template, tokenize=False, add_generation_prompt=True)
+        )
+    except TemplateError as error:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its chat template does not take a conversation of "
+            f"{', '.join(m.role for m in messages)} ({error})"
+        ) from error
+
+
+def no_template(model: str) -> str:
+    """What is told of a model that no conversation can be written for."""
+    return f"{model}: no chat template; name a model that has one, or put a chat_template.jinja beside its tokenizer"
 
 
 def opened(sent: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from delib import measure, pipeline
+from delib import made_with, measure, pipeline
 from delib.errors import UserError
 from delib.evals import robust
 from delib.evals.scoring import HEADLINE, values
@@ -79,11 +79,12 @@ def _part(source: str) -> Rows:
     answers = run.answers()
     if arm not in answers:
         raise UserError(f"{source}: this run has evaluated {', '.join(answers)}, and no arm {arm!r}")
+    spec = made_with.spec_for(Path(name), "evaluate") or run.spec
     return {
         content_id(s.prompt): Row(
             s.prompt.source,
             s.prompt.group or s.prompt.id,
-            values(s, run.spec),
+            values(s, spec),
             _asked(s.prompt.messages),
             s.completion.answer if s.completion else None,
         )
@@ -112,7 +113,7 @@ def _about(source: str) -> dict[str, Any]:
     if path.suffix == ".json" and not path.is_dir():
         kept = json.loads(path.read_text(encoding="utf-8")).get("about")
         return kept if isinstance(kept, dict) else {"judge": "not told"}
-    return {"judge": pipeline.open_run(Path(source.rpartition(":")[0])).recipe.judge}
+    return {"judge": made_with.recipe_of(Path(source.rpartition(":")[0]), "evaluate").judge}
 
 
 def _rows(given: list[dict[str, Any]]) -> Rows:

@@ -199,13 +199,13 @@ def keys() -> list[Finding]:
 
 def needed(recipe: Recipe) -> list[Finding]:
     """Whether the models that a recipe names can be had, and whether training fits the GPUs."""
-    by_name: dict[str, list[str]] = {recipe.model: ["model"]}
+    by_name: dict[tuple[str, bool], list[str]] = {(recipe.model, opened.on_hub(recipe.model)): ["model"]}
     for key, name in called(recipe).items():
-        by_name.setdefault(name, []).append(key)
+        by_name.setdefault((name, False), []).append(key)
     found = []
-    for name, named in by_name.items():
+    for (name, on_hub), named in by_name.items():
         try:
-            made = reached(name)
+            made = weights_at(name) if on_hub else reached(name)
         except UserError as error:
             made = Finding("problem", "", "; ".join(error.problems))
         except ImportError as error:
@@ -223,6 +223,11 @@ def reached(name: str) -> Finding:
         return _hosted(name)
     if name == weights.SMOLLM2:
         return Finding("ok", "", name)
+    return weights_at(name)
+
+
+def weights_at(name: str) -> Finding:
+    """A model folder or a hub id. Raises UserError when the folder is none."""
     if name.startswith(("/", ".")) or name.count("/") != 1 or Path(name).is_dir():
         return Finding("ok", "", f"{weights.resolve(name)}: a model folder")
     from huggingface_hub import try_to_load_from_cache
@@ -322,7 +327,10 @@ def fit(recipe: Recipe) -> list[Finding]:
 
 
 def _fitting(recipe: Recipe, config: Any, stage: Literal["sft", "rl"], size: float) -> Finding:
-    needs = sum(footprint.estimate(recipe, config, stage)) / 2**30
+    try:
+        needs = sum(footprint.estimate(recipe, config, stage)) / 2**30
+    except UserError as error:
+        return Finding("note", f"memory of {stage}", f"not estimated; {'; '.join(error.problems)}")
     told = f"about {needs:.1f} of {size:.1f} GiB"
     mend = "lower device_batch, max_tokens or group, train by lora, or set gradient_checkpointing"
     if needs > size:

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
-from delib import chat, pipeline
+from delib import chat, made_with, pipeline
 from delib.errors import UserError
 from delib.judges.agreement import shown
 from delib.models.opened import RUN_HERE, is_hosted
+from delib.opener import FITTED
 from delib.progress import say
 from delib.records import Example, Manifest, Prompt, Sample
 from delib.rendering import environment
@@ -24,6 +25,8 @@ from delib.stages.report import markdown_cell
 
 HUB = "hub:"
 HUB_ID = re.compile(r"\w[\w.-]{0,199}/\w[\w.:-]{0,199}", re.ASCII)
+PLACES = ("/", "~", ".", "\\")
+"""What a path begins with."""
 STAGES = ("prompts", "generate", "filter", "distill")
 
 
@@ -120,7 +123,7 @@ def _write(opened: pipeline.Pipeline, manifests: dict[str, Manifest], folder: Pa
 def _card(
     opened: pipeline.Pipeline, manifests: dict[str, Manifest], found: list[dict[str, Any]], data_hash: str
 ) -> str:
-    recipe, samples = opened.recipe, opened.run.finished("filter", Sample)
+    recipe, samples = made_with.recipe_of(opened.run.path, "filter"), opened.run.finished("filter", Sample)
     drops = Counter(s.drop_reason or s.failure or "dropped" for s in samples if not s.kept)
     own = (recipe.prompts.train, recipe.generate.recordings, recipe.spec)
     return card(
@@ -140,13 +143,22 @@ def _card(
     )
 
 
-def agreed(opened: pipeline.Pipeline) -> dict[str, Any]:
-    """How far the judge that filtered and rewarded agrees with the shipped labels. A second judge, which may take
-    minutes, is not asked: a card shows none of its figures."""
+def agreed(opened: pipeline.Pipeline) -> dict[str, Any] | None:
+    """How far the judge that filtered and rewarded agrees with the shipped labels: as the run's report tells it, or
+    measured here. None where no report does and the judge is a model, whose calls may cost."""
+    recipe = made_with.recipe_of(opened.run.path, "filter")
+    report, filtered = opened.folder("report").manifest(), opened.folder("filter").manifest()
+    if report is not None and filtered is not None and report.inputs.get("spec") == filtered.inputs.get("spec"):
+        kept: list[dict[str, Any]] = report.detail.get("agreements", [])
+        for found in kept:
+            if found["judge"] == recipe.judge:
+                return found
+    if recipe.judge not in FITTED:
+        return None
     say("measuring the judge, for the card")
-    alone = opened.recipe.evaluate.model_copy(update={"second_judge": None})
+    alone = recipe.evaluate.model_copy(update={"second_judge": None})
     return pipeline.Pipeline(
-        opened.recipe.model_copy(update={"evaluate": alone}), opened.run, spec=opened.spec_path
+        recipe.model_copy(update={"evaluate": alone}), opened.run, spec=opened.spec_path
     ).agreements()[0]
 
 
@@ -170,6 +182,12 @@ def public_name(model: str, beside: Path | None = None) -> str:
         return model
     if is_hosted(model):
         provider, _, rest = model.partition("/")
+        if provider == "openai-api":  # the service stands before the model's name, which may be a path there
+            service, _, rest = rest.partition("/")
+            provider = f"{provider}/{service}"
+            return (
+                f"{provider}/{public_name(rest)}" if rest.startswith(PLACES) or PureWindowsPath(rest).drive else model
+            )
         return f"{provider}/{public_name(rest, beside)}" if provider in RUN_HERE else model
     return PureWindowsPath(model).name or model  # which parts by both kinds of slash
 

@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from delib import export, pipeline
+from delib import export, made_with, pipeline
 from delib.errors import UserError
 from delib.evals.scoring import JUDGED
 from delib.models import weights
+from delib.opener import called
 from delib.pipeline import CHECKPOINT
 from delib.recipe import Recipe
 from delib.records import Metric, Sample
@@ -22,6 +23,8 @@ KNOWN = {weights.SMOLLM2: ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 """By a recipe's `model`, its name on the hub and its licence."""
 BEFORE = {"sft": (*export.STAGES, "sft"), "rl": (*export.STAGES, "sft", "rl")}
 """What must be finished for a stage's model, that stage last."""
+WRITERS = ("generate.teacher", "prompts.labeller", "prompts.lookalikes")
+"""The keys of a recipe whose models had a part in the data that was trained on."""
 
 
 def base_name(model: str, beside: Path) -> str:
@@ -37,7 +40,10 @@ def render(
     told["hub_base"] = base if base.count("/") == 1 else None
     told["licence"] = None
     if run is not None and stage is not None:
-        told |= {"run": _of_run(run, stage, form, quantisation), "licence": licence(run.recipe)}
+        told |= {
+            "run": _of_run(run, stage, form, quantisation),
+            "licence": licence(made_with.recipe_of(run.run.path, stage)),
+        }
     return export.card("model_card.md", **told)
 
 
@@ -50,23 +56,28 @@ def licence(recipe: Recipe) -> str | None:
 
 
 def _of_run(run: pipeline.Pipeline, stage: str, form: str, quantisation: str | None) -> dict[str, Any]:
-    recipe = run.recipe
+    path = run.run.path
+    made = {name: made_with.recipe_of(path, name) for name in (*BEFORE[stage], "evaluate")}
     manifests = {name: run.folder(name).manifest() for name in BEFORE[stage]}
-    measured = f"transformers in {recipe.dtype}"
-    if recipe.engine == "llamacpp" and weights.can_serve(run.folder(stage).path / CHECKPOINT):
-        measured = f"llama.cpp with weights in {recipe.evaluate.quantisation}"
-    same = quantisation == recipe.evaluate.quantisation and measured.startswith("llama.cpp")
+    asked = made["evaluate"]
+    measured = f"transformers in {asked.dtype}"
+    if asked.engine == "llamacpp" and weights.can_serve(run.folder(stage).path / CHECKPOINT):
+        measured = f"llama.cpp with weights in {asked.evaluate.quantisation}"
+    same = quantisation == asked.evaluate.quantisation and measured.startswith("llama.cpp")
     return {
-        "recipe": recipe,
+        "recipe": made[stage],
+        "filter": made["filter"].filter,
+        "reasons": made["sft"].sft.reasoning,
+        "max_tokens": asked.evaluate.max_tokens,
         "stage": stage,
         "spec": run.spec,
         "spec_hash": sha256(run.spec_path),
         "manifests": manifests,
-        "writers": export.writers(run.run.finished("filter", Sample), run.run.path),
-        "judge": export.public_name(recipe.judge, run.run.path),
+        "writers": export.writers(run.run.finished("filter", Sample), path),
+        "judge": export.public_name(made["filter"].judge, path),
         "agreed": export.agreed(run),
         "settings": {
-            name: settings(getattr(recipe, name).model_dump()) for name in BEFORE[stage][len(export.STAGES) :]
+            name: settings(getattr(made[name], name).model_dump()) for name in BEFORE[stage][len(export.STAGES) :]
         },
         "table": figures(run, stage),
         "measured": measured,
@@ -97,7 +108,9 @@ def figures(run: pipeline.Pipeline, stage: str) -> list[dict[str, Any]]:
     if not current:
         return []
     rows = json.loads((folder.path / "metrics.json").read_text(encoding="utf-8"))
-    second = run.recipe.evaluate.second_judge
+    recipe = made_with.recipe_of(run.run.path, "evaluate")
+    second, wrote = recipe.evaluate.second_judge, called(recipe)
+    apart = second is not None and second not in (wrote.get(key) for key in WRITERS)
     parts: dict[str | None, dict[str, str] | None] = {None: None} | ({second: {"judge": second}} if second else {})
     whole = {
         (m.arm, m.name, judge): m for m in map(Metric.model_validate, rows) for judge in parts if m.by == parts[judge]
@@ -105,8 +118,8 @@ def figures(run: pipeline.Pipeline, stage: str) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "judge": export.public_name(judge or run.recipe.judge, run.run.path) if name in JUDGED else None,
-            "apart": judge is not None,
+            "judge": export.public_name(judge or recipe.judge, run.run.path) if name in JUDGED else None,
+            "apart": judge is not None and apart,
             "meaning": meaning,
             "cells": [shown(whole.get((arm, name, judge))) for arm in ("base", stage)],
         }

@@ -11,7 +11,7 @@ from delib.errors import UserError
 from delib.judges.compact import CompactJudge
 from delib.judges.probe import ProbeJudge
 from delib.judges.prompted import PromptedJudge
-from delib.models import opened, weights
+from delib.models import embedded, opened, weights
 from delib.models.cache import Cache
 from delib.models.calls import Caller, Finished, Ledger, Working, estimated_tokens
 from delib.recipe import LimitsSection, Recipe
@@ -67,16 +67,20 @@ class Opener:
         return opened.open_model(self.recipe, name, self.ledger, self.cache, context_tokens=self.context_tokens)
 
     @asynccontextmanager
-    async def arm(self, folder: Path, name: str, context_tokens: int) -> AsyncIterator[Caller]:
+    async def arm(
+        self, folder: Path, name: str, context_tokens: int, slots: int = embedded.SLOTS
+    ) -> AsyncIterator[Caller]:
         """A model in a folder, by the recipe's engine; it costs nothing."""
-        async with opened.open_folder(self.recipe, folder, name, context_tokens) as backend:
+        async with opened.open_folder(self.recipe, folder, name, context_tokens, slots) as backend:
             yield Caller(backend, self.cache, Ledger(LimitsSection()))
 
-    def any(self, name: str, context_tokens: int) -> AbstractAsyncContextManager[Caller]:
-        """A model by its name, with so much room where it is run here."""
+    def any(self, name: str, context_tokens: int, slots: int = embedded.SLOTS) -> AbstractAsyncContextManager[Caller]:
+        """A model by its name; where it is run here, with room for `slots` calls at once, of so many tokens each."""
         if opened.is_hosted(name) or name.endswith(".gguf"):
-            return self.model(name)
-        return self.arm(weights.resolve(name), name, context_tokens)
+            return opened.open_model(
+                self.recipe, name, self.ledger, self.cache, context_tokens=context_tokens, slots=slots
+            )
+        return self.arm(weights.resolve(name), name, context_tokens, slots)
 
     @asynccontextmanager
     async def judge(self, name: str, side_information: bool = False) -> AsyncIterator[Judge]:

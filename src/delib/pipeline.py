@@ -105,7 +105,8 @@ class Pipeline:
         if rules == "rl":  # what is cut off is learned from, or not, by evaluate's limit
             section = [section, self.recipe.rl.max_tokens < self.recipe.evaluate.max_tokens]
         if rules in ("sft", "rl", "evaluate", "generate"):
-            section = [section, self.recipe.device, self.recipe.dtype, self.recipe.engine]
+            engine = [] if rules == "sft" else [self.recipe.engine]  # which writes nothing there
+            section = [section, self.recipe.device, self.recipe.dtype, *engine]
         seed = self.recipe.record_seed if stage in RECORD_STAGES else self.recipe.seed
         return section, seed
 

@@ -12,8 +12,9 @@ from delib.errors import UserError
 from delib.models import opened, recorded
 from delib.opener import FITTED, called
 from delib.recipe import Recipe
+from delib.records import Prompt
 from delib.stages import prompts, rl
-from delib.training import mix, processes
+from delib.training import fitting, mix, processes
 
 
 def prompt_files(recipe: Recipe) -> dict[prompts.Split, Path]:
@@ -26,6 +27,7 @@ def prompt_files(recipe: Recipe) -> dict[prompts.Split, Path]:
 def check(recipe: Recipe) -> list[str]:
     """Every problem that can be known before any compute: spec, prompts, recordings, space."""
     problems: list[str] = []
+    rows: list[Prompt] = []
 
     def attempt(work: Callable[[], Any]) -> Any:
         try:
@@ -36,7 +38,7 @@ def check(recipe: Recipe) -> list[str]:
 
     spec = attempt(lambda: specs.load(recipes.path_of(recipe.spec)))
     for split, path in prompt_files(recipe).items():
-        attempt(partial(prompts.load, path, spec, split, recipe.prompts.text))
+        rows += attempt(partial(prompts.load, path, spec, split, recipe.prompts.text)) or []
     if recipe.generate.teacher == "recorded":
         attempt(lambda: recorded.load(recipes.path_of(recipe.generate.recordings)))
     for key, name in called(recipe).items():
@@ -50,4 +52,5 @@ def check(recipe: Recipe) -> list[str]:
         problems.append(f"evaluate.second_judge: {recipe.judge} is the recipe's judge; name another one, or null")
     if recipe.sft.mix is not None:
         attempt(partial(mix.load, recipe.sft.mix.data))
+    problems += fitting.template(recipe, rows)
     return problems + rl.problems(recipe) + processes.problems(recipe) + on_ray.problems(recipe.ray)

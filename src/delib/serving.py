@@ -29,9 +29,10 @@ def serve(model: str, host: str, port: int, context_tokens: int, device: Literal
 
     Raises UserError, before a model is loaded, for a model that can't be served and for an address that can't be had.
     """
-    if opened.is_hosted(model):
-        raise UserError(f"{model}: is served elsewhere already; name a checkpoint folder, a hub id or a GGUF file")
-    opened.check(model)
+    if not opened.on_hub(model):
+        if opened.is_hosted(model):
+            raise UserError(f"{model}: is served elsewhere already; name a checkpoint folder, a hub id or a GGUF file")
+        opened.check(model)
     _check_free(host, port)
     if device == "cuda":
         _vllm(model, host, port, context_tokens)

@@ -36,7 +36,7 @@ def chat(model: str, max_tokens: int, hide_reasoning: bool = False, system: str 
 
     async def talk() -> None:
         messages = [] if system is None else [Message(role="system", content=system)]
-        async with opener.any(model, 4096) as answering:
+        async with opener.any(model, 4096, slots=1) as answering:
             while True:
                 try:
                     line = await asyncio.to_thread(input, "you> ")

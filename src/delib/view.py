@@ -251,6 +251,8 @@ def _notes(found: list[Metric], arms: list[str], judges: list[str], manifests: d
     rl = manifests.get("rl")
     if rl is not None:
         told += [f"During RL {alarm}." for alarm in rl.detail.get("alarms", [])]
+        if not rl.detail.get("compared", True):
+            told.append("RL had too few steps for its monitors to compare: that none gave alarm says nothing.")
         if rl.counts.get("steps", 0) < 50:
             told.append(f"{rl.counts.get('steps', 0)} RL steps are few to claim anything about RL alone.")
     return told

@@ -16,9 +16,9 @@ ABLATION = (*RECORD_STAGES, "cold_start", "sft", "rl", "rl_only", "evaluate", "a
 """What `delib ablate` runs, in order: what may find that there is nothing to learn the form from comes early."""
 SECTIONS = {"cold_start": "sft", "rl_only": "rl", "ablate": "evaluate"}
 """The section of the recipe that rules a stage without one of its own."""
-IDLE = {"rl": {"device_batch", "report_to"}, "evaluate": {"second_judge"}}
-"""Keys that a stage's output does not depend on, beyond rounding: how many completions are learned from at once, which
-is lowered where memory ran out, where curves go beside the manifest, and a judge whose verdicts are added."""
+IDLE = {"sft": {"device_batch"}, "rl": {"device_batch", "report_to"}, "evaluate": {"second_judge"}}
+"""Keys that a stage's output does not depend on, beyond rounding: how much is learned from at once, which is lowered
+where memory ran out, where curves go beside the manifest, and a judge whose verdicts are added."""
 CHECKPOINT = "checkpoint"
 TOGETHER = ("sft", "rl", "cold_start", "rl_only")
 """The stages that several processes may run together; the others run in one."""

@@ -130,22 +130,25 @@ def started(params: Any) -> Any:
 
 
 @asynccontextmanager
-async def serve(folder: Path, *, name: str, quantisation: str, context_tokens: int) -> AsyncIterator[EmbeddedModel]:
+async def serve(
+    folder: Path, *, name: str, quantisation: str, context_tokens: int, slots: int = SLOTS
+) -> AsyncIterator[EmbeddedModel]:
     """Start a server for a model folder and stop it at the end.
 
-    `context_tokens`: room for prompt and completion of one request, in tokens; never more than the model was made for.
+    `context_tokens`: room for prompt and completion of each of the `slots` requests at once, in tokens; never more than
+    the model was made for.
     """
     import aiohttp
     from transformers import AutoTokenizer
 
     most = int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
-    params = parameters(gguf_of(folder, quantisation), min(context_tokens, most), SLOTS)
+    params = parameters(gguf_of(folder, quantisation), min(context_tokens, most), slots)
     server = await asyncio.to_thread(started, params)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     identity = f"{await asyncio.to_thread(sha256, folder)} {quantisation}"
     timeout = aiohttp.ClientTimeout(total=None)  # as in serve_gguf
     try:
-        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=SLOTS)) as session:
+        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=slots)) as session:
             yield EmbeddedModel(name, identity, server.listening_address, tokenizer, session)
     finally:
         del server

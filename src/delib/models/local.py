@@ -18,6 +18,7 @@ class LocalModel:
 
     def __init__(self, name: str, identity: str, model: Any, tokenizer: Any) -> None:
         self.name, self.identity, self.model, self.tokenizer = name, identity, model, tokenizer
+        self.ends = weights.turn_ends(model, tokenizer)
         self._turn = asyncio.Lock()
 
     def sent(self, messages: list[Message]) -> str:
@@ -35,14 +36,19 @@ class LocalModel:
         inputs = self.tokenizer(sent, add_special_tokens=False, return_tensors="pt")
         inputs = inputs.to(self.model.device)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        torch.manual_seed(seed)
-        with torch.inference_mode():
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.inference_mode(), torch.random.fork_rng(devices):  # RL draws from the same generators
+            torch.manual_seed(seed)
             made = self.model.generate(
-                **inputs, max_new_tokens=max_tokens, pad_token_id=self.tokenizer.pad_token_id, **sampling
+                **inputs,
+                max_new_tokens=max_tokens,
+                eos_token_id=sorted(self.ends),
+                pad_token_id=self.tokenizer.pad_token_id,
+                **sampling,
             )
         length = inputs["input_ids"].shape[1]
         ids = made[0, length:].tolist()
-        ended = bool(ids) and ids[-1] == self.tokenizer.eos_token_id
+        ended = bool(ids) and ids[-1] in self.ends
         text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
         return Reply(text, None, not ended, {"prompt": length, "completion": len(ids)})
 
@@ -60,4 +66,6 @@ async def load(folder: Path, *, name: str, device: str, dtype: str) -> AsyncIter
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     identity = f"{await asyncio.to_thread(sha256, folder)} {device} {dtype}"
+    if further := weights.turn_ends(model, tokenizer) - {tokenizer.eos_token_id}:
+        identity += f" {sorted(further)}"  # calls that were cached before these were known as ends told a cut-off
     yield LocalModel(name, identity, model.to(device).eval(), tokenizer)

@@ -20,6 +20,9 @@ from delib.recipe import Recipe
 RUN_HERE = {"hf", "vllm", "sglang", "nnterp", "transformer_lens", "llama-cpp-python", "ollama", "none"}
 """Providers of inspect_ai that load weights or start a server when they are opened."""
 
+OWNERS = {"google", "openai"}
+"""Providers of inspect_ai whose names are owners of open weights on the hub as well."""
+
 
 @lru_cache(maxsize=1)
 def providers() -> frozenset[str]:
@@ -38,6 +41,11 @@ def is_hosted(name: str) -> bool:
     return first in ("openai-api", "vllm") or first in providers()
 
 
+def on_hub(name: str) -> bool:
+    """Whether a name that stands for weights is a hub id, though as a model to be called it would be a provider's."""
+    return name.count("/") == 1 and name.partition("/")[0] in OWNERS and not Path(name).exists()
+
+
 def check(name: str) -> None:
     """Raises UserError for a name that can't be opened, before any compute. Nothing is fetched or loaded."""
     if name.endswith(".gguf"):
@@ -54,14 +62,21 @@ def check(name: str) -> None:
 
 @asynccontextmanager
 async def open_model(
-    recipe: Recipe, name: str, ledger: Ledger, cache: Finished | None, *, context_tokens: int
+    recipe: Recipe,
+    name: str,
+    ledger: Ledger,
+    cache: Finished | None,
+    *,
+    context_tokens: int,
+    slots: int = embedded.SLOTS,
 ) -> AsyncIterator[Caller]:
-    """A model by its name. `context_tokens`: the most that prompt and completion of one call may have."""
+    """A model by its name. `context_tokens`: the most that prompt and completion of one call may have. `slots`: the
+    most calls that a llama.cpp server here has room for at once."""
     if name.endswith(".gguf"):
         check(name)
         # Twice as many places as calls: each keeps the beginning of another kind of call (teacher's, judge's), which is
         # most of it, and llama.cpp takes the free place whose beginning is most alike.
-        slots = min(embedded.SLOTS, 2 * ledger.limits.concurrency)
+        slots = min(slots, 2 * ledger.limits.concurrency)
         async with embedded.serve_gguf(Path(name), context_tokens=context_tokens, slots=slots) as served:
             try:
                 yield Caller(served, cache, ledger, slots)
@@ -75,9 +90,9 @@ async def open_model(
             await caller.close()
     else:
         folder = weights.resolve(name)
-        async with open_folder(recipe, folder, name, context_tokens) as backend:
+        async with open_folder(recipe, folder, name, context_tokens, slots) as backend:
             try:
-                yield Caller(backend, cache, ledger, embedded.SLOTS)
+                yield Caller(backend, cache, ledger, slots)
             finally:
                 ledger.write()
 
@@ -92,11 +107,11 @@ def _hosted(name: str, seconds: float) -> Backend:
 
 
 def open_folder(
-    recipe: Recipe, folder: Path, name: str, context_tokens: int
+    recipe: Recipe, folder: Path, name: str, context_tokens: int, slots: int = embedded.SLOTS
 ) -> AbstractAsyncContextManager[embedded.EmbeddedModel | local.LocalModel]:
     """The model in a folder, by the recipe's engine; what llama.cpp can't take runs on transformers."""
     if recipe.engine == "llamacpp" and weights.can_serve(folder):
         return embedded.serve(
-            folder, name=name, quantisation=recipe.evaluate.quantisation, context_tokens=context_tokens
+            folder, name=name, quantisation=recipe.evaluate.quantisation, context_tokens=context_tokens, slots=slots
         )
     return local.load(folder, name=name, device=recipe.device, dtype=recipe.dtype)

@@ -149,6 +149,13 @@ def can_serve(folder: Path) -> bool:
     return bool(json.loads((folder / "config.json").read_text())["model_type"] == "llama")
 
 
+def turn_ends(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end a model's turn: its tokenizer's, which SFT teaches, and those that it declares itself."""
+    declared = model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *([declared] if isinstance(declared, int) else declared or [])}
+    return found - {None}
+
+
 def freeze(model: Any, layers: int) -> None:
     """Stop the first `layers` layers, and with any the embeddings, from training. Raises UserError where the model does
     not have them as `model.layers`, or has no more than these."""

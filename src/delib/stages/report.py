@@ -118,7 +118,9 @@ def run(
     for name in ("report.html", "report.md", "summary.txt"):
         write_whole(folder.path / name, templates.get_template(name).render(context))
     write_whole(folder.path / "metrics.json", json.dumps([m.model_dump() for m in found], indent=1) + "\n")
-    return Manifest(stage="report", recipe="", inputs={}, outputs={}, counts={"in": len(found), "out": len(table)})
+    kept = {"agreements": [{key: value for key, value in row.items() if key != "rows"} for row in agreements]}
+    counts = {"in": len(found), "out": len(table)}
+    return Manifest(stage="report", recipe="", inputs={}, outputs={}, counts=counts, detail=kept)
 
 
 def shown(metric: Metric | None) -> dict[str, Any] | None:

@@ -137,14 +137,13 @@ def _train(
     processes.wait(recipe)
     last = weights.last_checkpoint(scratch)
     steps = weights.step_of(last)
-    declared = model.generation_config.eos_token_id
     reward = Reward(
         prompts,
         judge,
         run,
         spec,
         tokenizer,
-        {tokenizer.eos_token_id, *([declared] if isinstance(declared, int) else declared or [])},
+        weights.turn_ends(model, tokenizer),
         folder,
         per_step=section.prompts * section.group,
         steps=steps,
@@ -279,6 +278,8 @@ def _manifest(recipe: Recipe, reward: Reward, state: Any, prompts: int, last: Pa
     alarms = reward.monitor.alarms()
     for alarm in alarms:
         say(f"rl: look at this: {alarm}")
+    if not reward.monitor.compared:
+        say(f"rl: {state.global_step} steps are too few for its monitors to compare; that none gave alarm says nothing")
     detail = {
         "curve": [
             {
@@ -294,6 +295,7 @@ def _manifest(recipe: Recipe, reward: Reward, state: Any, prompts: int, last: Pa
             for h in history
         ],
         "alarms": alarms,
+        "compared": reward.monitor.compared,
         "groups_without_variance": nothing_to_learn.total(),
         "resumed_from": last.name if last else None,
     }

@@ -5,14 +5,16 @@ then tells the same.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from delib import chat
 from delib.errors import UserError
 from delib.models import gguf_file, weights
 from delib.recipe import Recipe, RlSection, SftSection
+from delib.records import Message, Prompt
 
 
 def folder_at_hand(name: str) -> Path | None:
@@ -47,6 +49,51 @@ def _config(recipe: Recipe) -> Any:
         return None
 
 
+def template(recipe: Recipe, prompts: Iterable[Prompt]) -> list[str]:
+    """What the model's chat template can't render: anything, where there is none; the conversations of the prompts, and
+    a system message for the arm that has the policy in its context. Without transformers where the template takes any
+    role."""
+    folder = folder_at_hand(recipe.model)
+    text = None if folder is None else _template_of(folder)
+    if folder is None or text is None:
+        return []
+    if not text:  # of a model in the hub's cache not all files may be here yet
+        return [f"model: {chat.no_template(recipe.model)}"] if Path(recipe.model).is_dir() else []
+    if "raise_exception" not in text:
+        return []
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError):  # its files are not all here
+        return []
+    found = []
+    for roles, row in {tuple(m.role for m in p.messages): p for p in prompts}.items():
+        try:
+            chat.render(tokenizer, row.messages)
+        except UserError as error:
+            found.append(f"prompts: {row.id} is one of {', '.join(roles)}; {error}")
+    if "base_spec" in recipe.evaluate.arms:
+        try:
+            chat.render(tokenizer, [Message(role="system", content="a"), Message(role="user", content="b")])
+        except UserError as error:
+            found.append(f"evaluate.arms: base_spec has the policy in a system message; leave it out; {error}")
+    return found
+
+
+def _template_of(folder: Path) -> str | None:
+    """The text of a model's chat template, empty where it has none; None where its files don't tell."""
+    told = folder / "tokenizer_config.json"
+    if not told.exists() or (folder / "additional_chat_templates").exists():
+        return None
+    try:
+        beside = [file.read_text(encoding="utf-8") for file in folder.glob("chat_template*")]
+        inside = json.loads(told.read_text(encoding="utf-8")).get("chat_template") or ""
+    except (OSError, ValueError, AttributeError):  # transformers tells what is wrong with it
+        return None
+    return "".join([*beside, inside if isinstance(inside, str) else json.dumps(inside)])
+
+
 def layers(recipe: Recipe, stage: str, section: SftSection | RlSection) -> list[str]:
     """Layers that an adapter names or that are to be frozen, and that the model does not have."""
     lora, frozen = section.lora, section.frozen_layers
@@ -75,13 +122,15 @@ def _tried(recipe: Recipe, stage: str, change: Callable[[Any], Any]) -> list[str
     import torch
     from transformers import AutoModelForCausalLM
 
-    try:
-        with torch.device("meta"):
-            change(AutoModelForCausalLM.from_config(config))
-    except UserError as error:
-        return [f"{stage}.{problem}" for problem in error.problems]
-    except ValueError:  # no causal language model
-        return []
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config)
+        except ValueError:
+            return [f"model: {config.model_type} is no causal language model; name one that is"]
+        try:
+            change(model)
+        except UserError as error:
+            return [f"{stage}.{problem}" for problem in error.problems]
     return []
 
 

@@ -36,14 +36,20 @@ def estimate(recipe: Recipe, config: Any, stage: Literal["sft", "rl"] = "sft") -
     (their section 5). The head computes in tiles on a GPU (TRL), so that logits are not counted; a CPU keeps those of
     the positions that are learned, which are counted as half of all. RL learns from `rl.device_batch` completions at
     once, and writes all of a process's together: then their keys and values of all layers take the activations' place,
-    where they are more. Not counted: what vLLM takes beside it.
+    where they are more. With `rl.beta` and without an adapter TRL keeps a second model, in float32 as the first, to
+    measure how far it moved. Not counted: what vLLM takes beside it.
+
+    Raises UserError for a config of which no causal language model is made, or whose layers are of another kind.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     section, text = recipe.sft if stage == "sft" else recipe.rl, config.get_text_config()
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        try:
+            model: Any = AutoModelForCausalLM.from_config(config)
+        except ValueError as error:
+            raise UserError(f"model: {config.model_type} is no causal language model; name one that is") from error
         if section.lora is not None:
             model = weights.adapted(model, section.lora, section.frozen_layers)
         else:
@@ -56,6 +62,8 @@ def estimate(recipe: Recipe, config: Any, stage: Literal["sft", "rl"] = "sft") -
     copies = compute * (trains if section.lora is None and compute == 2 else 0)
     gathered = 2 * compute * (trains + stands) / text.num_hidden_layers if share < 1 else 0.0
     held = (4 * trains + (compute if section.lora else 4) * stands + copies) * share + gathered
+    if stage == "rl" and recipe.rl.beta and section.lora is None:
+        held += 4 * (trains + stands) * share
     if stage == "sft":
         tokens, cached = processes.rows_at_once(recipe, count) * section.max_tokens, 0
     else:
@@ -63,7 +71,10 @@ def estimate(recipe: Recipe, config: Any, stage: Literal["sft", "rl"] = "sft") -
         tokens = processes.completions_at_once(recipe, count) * row
         written = processes.completions_a_step(recipe, count) * row
         cached = written * 2 * compute * _kept_heads(text) * text.num_hidden_layers
-    layer = kept_by_a_layer(text, compute)
+    try:
+        layer = kept_by_a_layer(text, compute)
+    except AttributeError as error:
+        raise UserError(f"layers of {config.model_type} are of a kind that is not estimated") from error
     layers = text.num_hidden_layers - section.frozen_layers
     kept = compute * text.hidden_size * layers + layer if recipe.gradient_checkpointing else layer * layers
     logits = 0.0 if recipe.device == "cuda" else 3 * 4 * text.vocab_size / 2
@@ -103,7 +114,10 @@ def lines(recipe: Recipe, left_out: Collection[str] = ()) -> list[str]:
 
 
 def _line(recipe: Recipe, config: Any, stage: Literal["sft", "rl"]) -> str:
-    made = estimate(recipe, config, stage)
+    try:
+        made = estimate(recipe, config, stage)
+    except UserError as error:
+        return f"Memory of {stage.upper()}: not estimated; {'; '.join(error.problems)}."
     parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in made._asdict().items())
     count = processes.planned(recipe)
     where = f"each of {count} devices" if count > 1 else "the device"

@@ -1,8 +1,8 @@
 """What watches over RL and is never a reward: lengths, repetition, refusals, what the reasoning says, and what pays.
 
 In: the graded samples of a step, in order of steps. Out: figures for the log and the manifest's curve. Nothing here
-reaches a reward or a gradient. Figures of a step are means over its samples; what pays and which phrase spreads is read
-over the last `WINDOW` steps, against the first `WINDOW` where it is about a change.
+reaches a reward or a gradient. Figures of a step are means over its samples; what pays is read over the last `WINDOW`
+steps, and what changes over the last `WINDOW` against the first, or over halves where there are fewer than twice that.
 """
 
 import re
@@ -17,6 +17,8 @@ from delib.spec import Spec
 
 WINDOW = 5
 """Steps that are read together: enough answers that a phrase of one prompt's subject is rare among them."""
+COMPARED = 6
+"""Steps from which on the ends of RL raise alarms: in fewer it is a few prompts' subjects that differ. A choice."""
 SPREADS, PAYS, TALKS, REFUSES, LONGER, UNFORMED = 0.3, 0.7, 0.1, 0.3, 2.0, 0.2
 """From where a change is told to a person: a choice. In four runs of 4 to 20 steps, of 16 to 32 answers each, no phrase
 rose by more than 0.10, and over no five steps a word went with the reward by more than 0.47."""
@@ -71,9 +73,15 @@ class Monitor:
         if len(self.first) < WINDOW:
             self.first.append(made)
         self.last.append(made)
-        row = {"step": step} | self.about(made) | self._changes()
+        row: dict[str, Any] = {"step": step} | self.about(made)
         self.rows.append(row)
+        row |= self._changes()
         return row
+
+    @property
+    def compared(self) -> bool:
+        """Whether there were steps enough that `alarms` tells of changes."""
+        return len(self.rows) >= COMPARED
 
     def about(self, graded: Sequence[Graded]) -> dict[str, float]:
         """Means over samples. A figure about nothing (no reasoning, no such kind) is absent."""
@@ -101,10 +109,15 @@ class Monitor:
             found.setdefault(name, []).append(value)
         return {name: sum(v) / len(v) for name, v in sorted(found.items())}
 
+    def _ends(self) -> tuple[list[Graded], list[Graded]]:
+        """The samples of the first and of the last steps, none of which is both."""
+        count = min(WINDOW, len(self.rows) // 2)
+        last = list(self.last)[len(self.last) - count :]
+        return [g for made in self.first[:count] for g in made], [g for made in last for g in made]
+
     def _changes(self) -> dict[str, Any]:
-        first = [g for made in self.first for g in made]
+        phrase, rise = spreading(*self._ends())
         last = [g for made in self.last for g in made]
-        phrase, rise = spreading(first, last)
         word, pays = paying_word(last)
         lengths = [(g.sample.prompt.id, float(self.count(_answer(g))), g.reward) for g in last if _answer(g)]
         return {
@@ -116,11 +129,11 @@ class Monitor:
         }
 
     def alarms(self) -> list[str]:
-        """What a person should look at, in sentences; empty where nothing moved far."""
-        if not self.rows:
+        """What a person should look at, in sentences; empty where nothing moved far, and where too few steps were made
+        to say (`compared`)."""
+        if not self.compared:
             return []
-        first = self.about([g for made in self.first for g in made])
-        last = self.about([g for made in self.last for g in made])
+        first, last = map(self.about, self._ends())
         end, told = self.rows[-1], []
         if end["phrase_rise"] >= SPREADS:
             told.append(
