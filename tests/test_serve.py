@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -103,6 +104,23 @@ def test_the_command_serves_streams_and_ends_with_ctrl_c(tiny_model):
             serving.serve(str(tiny_model), "127.0.0.1", port, 256, "cpu")
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=120) == 130
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_ctrl_c_ends_a_chat_that_waits_for_a_line(tiny_model):
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from delib.cli import main; main()", "chat", str(tiny_model)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        preexec_fn=_heed_ctrl_c,
+    )
+    try:
+        assert process.stdout is not None and process.stdout.read(5) == b"you> "
+        time.sleep(2)  # between the prompt and the reading of the line a signal interrupts nothing
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
     finally:
         process.kill()
         process.wait()

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -35,11 +36,12 @@ def chat(model: str, max_tokens: int, hide_reasoning: bool = False, system: str 
     console = Console()
 
     async def talk() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's would wait for the line to end
         messages = [] if system is None else [Message(role="system", content=system)]
         async with opener.any(model, 4096, slots=1) as answering:
             while True:
                 try:
-                    line = await asyncio.to_thread(input, "you> ")
+                    line = input("you> ")  # nothing else is at work meanwhile
                 except EOFError:
                     return
                 if not line.strip():
