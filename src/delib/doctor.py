@@ -332,7 +332,10 @@ def _fitting(recipe: Recipe, config: Any, stage: Literal["sft", "rl"], size: flo
     except UserError as error:
         return Finding("note", f"memory of {stage}", f"not estimated; {'; '.join(error.problems)}")
     told = f"about {needs:.1f} of {size:.1f} GiB"
-    mend = "lower device_batch, max_tokens or group, train by lora, or set gradient_checkpointing"
+    less = "lower sft.device_batch or sft.max_tokens"
+    if stage == "rl":  # its completions are written all at once, and learned from by device_batch
+        less = "lower rl.device_batch, rl.max_tokens, or rl.prompts and rl.group"
+    mend = f"{less}, train by lora, or set gradient_checkpointing"
     if needs > size:
         return Finding("problem", f"memory of {stage}", f"{told}; {mend}")
     if needs > TIGHT * size:
