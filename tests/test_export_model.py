@@ -202,7 +202,7 @@ def test_a_judge_that_is_a_model_is_not_asked_for_the_card(run, tmp_path, monkey
     restarted(run, "filter", "judge=openai-api/box//srv/models/j")
     export_model.export_any(run, str(tmp_path / "a"), what="rl")
     card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
-    assert "How far openai-api/box/j agrees with people was not measured" in card and "/srv" not in card
+    assert "How far openai-api/box/j agrees with labelled answers is not kept" in card and "/srv" not in card
     restarted(run, "filter")
     opened = pipeline.open_run(run)
     told = Manifest(stage="report", recipe="", inputs=opened.inputs("report"), outputs={}, counts={})

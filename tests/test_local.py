@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from delib import pipeline, recipe
+from delib import ablate, pipeline, recipe
+from delib.errors import UserError
 from delib.models import local
 from delib.records import Message
 
@@ -72,5 +73,14 @@ def test_a_student_without_a_fitting_template_is_told_before_anything_is_paid(re
     else:
         told.write_text(json.dumps(json.loads(told.read_text()) | {"chat_template": text}))
     [problem] = pipeline.check(loaded)
-    assert problem.startswith("evaluate.arms: base_spec has the policy in a system message; leave it out")
-    assert pipeline.check(recipe.load(recipe_file, [f"model={folder}", "evaluate.arms=[base,sft,rl]"])) == []
+    assert problem.startswith("evaluate.arms: base_spec has the policy in a system message; ")
+    without = recipe.load(recipe_file, [f"model={folder}", "evaluate.arms=[base,sft,rl]"])
+    assert pipeline.check(without) == []
+    with pytest.raises(UserError, match="'delib ablate' needs it"):
+        ablate.run(without, tmp_path / "run", 1)
+    assert not (tmp_path / "run").exists()
+    if place == told.name:  # of a kind that no tokenizer reads
+        told.write_text(json.dumps({k: v for k, v in json.loads(told.read_text()).items() if k != "chat_template"}))
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": text}))
+        [problem] = pipeline.check(without)
+        assert problem.startswith(f"model: {folder}: no chat template")

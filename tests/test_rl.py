@@ -297,6 +297,7 @@ def test_the_rate_rises_and_falls_and_smaller_parts_make_nothing_anew(tmp_path):
     assert basis("rl", device_batch=16, report_to="none") == basis("rl") != basis("rl", prompts=8)
     other = loaded.model_copy(update={"engine": "transformers"})
     assert basis("sft", other, device_batch=1) == basis("sft") != basis("sft", batch_size=8)
+    assert basis("sft", device_batch=1, held_out_share=0.1) != basis("sft", held_out_share=0.1)
 
 
 def model_that(ends, tiny_model, folder):

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from delib import export, made_with, pipeline
+from delib.errors import UserError
 from delib.evals.scoring import JUDGED, values
 from delib.order import CLAIMS, PAIRS, Arms, Difference, Row, differences, level, mean_and_range, verdict
 from delib.pipeline import Pipeline
@@ -20,6 +21,7 @@ from delib.recipe import Recipe
 from delib.records import Metric
 from delib.run import RECORDS, disk_error, write_whole
 from delib.stages.report import HEADLINE, shown
+from delib.training import fitting
 from delib.wiring import ABLATION, ARMS, RECORD_STAGES
 
 ORDERED = (
@@ -47,6 +49,9 @@ def run(recipe: Recipe, out: Path, seeds: int) -> str:
 
     Raises UserError and StageError as the stages do.
     """
+    every = recipe.evaluate.model_copy(update={"arms": ("base", "base_spec", "sft", "rl")})
+    if problems := fitting.template(recipe.model_copy(update={"evaluate": every}), ()):
+        raise UserError(problems)
     first = pipeline.start_run(recipe, out)
     runs = [first]
     pipeline.run_all(first, ABLATION)

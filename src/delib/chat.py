@@ -47,19 +47,21 @@ def render(tokenizer: Any, messages: list[Message]) -> str:
     if not tokenizer.chat_template:
         raise UserError(no_template(tokenizer.name_or_path))
     rows = [{"role": m.role, "content": harmless(m.content, tokenizer)} for m in messages]
-    # transformers hands a template the clock and takes no other; formats stand in templates as literals.
-    template = re.sub(
-        r"strftime_now\((['\"])(.*?)\1\)", lambda found: repr(TODAY.strftime(found[2])), tokenizer.get_chat_template()
-    )
     try:
+        template = _of_one_day(tokenizer.get_chat_template())
         return str(
             tokenizer.apply_chat_template(rows, chat_template=template, tokenize=False, add_generation_prompt=True)
         )
-    except TemplateError as error:
+    except (TemplateError, ValueError) as error:
         raise UserError(
             f"{tokenizer.name_or_path}: its chat template does not take a conversation of "
             f"{', '.join(m.role for m in messages)} ({error})"
         ) from error
+
+
+def _of_one_day(template: str) -> str:
+    """A template that is told `TODAY`: transformers hands it the clock and takes no other. Formats are literals."""
+    return re.sub(r"strftime_now\((['\"])(.*?)\1\)", lambda found: repr(TODAY.strftime(found[2])), template)
 
 
 def no_template(model: str) -> str:

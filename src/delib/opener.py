@@ -75,11 +75,11 @@ class Opener:
             yield Caller(backend, self.cache, Ledger(LimitsSection()))
 
     def any(self, name: str, context_tokens: int, slots: int = embedded.SLOTS) -> AbstractAsyncContextManager[Caller]:
-        """A model by its name; where it is run here, with room for `slots` calls at once, of so many tokens each."""
+        """A model by its name; where it is run here, with room for `slots` calls at once, of so many tokens each, or
+        of those of a teacher where it is a GGUF file and that is more."""
         if opened.is_hosted(name) or name.endswith(".gguf"):
-            return opened.open_model(
-                self.recipe, name, self.ledger, self.cache, context_tokens=context_tokens, slots=slots
-            )
+            room = max(context_tokens, self.context_tokens)
+            return opened.open_model(self.recipe, name, self.ledger, self.cache, context_tokens=room, slots=slots)
         return self.arm(weights.resolve(name), name, context_tokens, slots)
 
     @asynccontextmanager

@@ -67,6 +67,8 @@ def template(recipe: Recipe, prompts: Iterable[Prompt]) -> list[str]:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError):  # its files are not all here
         return []
+    if not tokenizer.chat_template:
+        return [f"model: {chat.no_template(recipe.model)}"]
     found = []
     for roles, row in {tuple(m.role for m in p.messages): p for p in prompts}.items():
         try:
@@ -77,7 +79,8 @@ def template(recipe: Recipe, prompts: Iterable[Prompt]) -> list[str]:
         try:
             chat.render(tokenizer, [Message(role="system", content="a"), Message(role="user", content="b")])
         except UserError as error:
-            found.append(f"evaluate.arms: base_spec has the policy in a system message; leave it out; {error}")
+            mend = "leave it out ('delib ablate' needs it)"
+            found.append(f"evaluate.arms: base_spec has the policy in a system message; {error}; {mend}")
     return found
 
 
@@ -87,7 +90,7 @@ def _template_of(folder: Path) -> str | None:
     if not told.exists() or (folder / "additional_chat_templates").exists():
         return None
     try:
-        beside = [file.read_text(encoding="utf-8") for file in folder.glob("chat_template*")]
+        beside = [file.read_text(encoding="utf-8") for file in folder.glob("chat_template.jinja")]
         inside = json.loads(told.read_text(encoding="utf-8")).get("chat_template") or ""
     except (OSError, ValueError, AttributeError):  # transformers tells what is wrong with it
         return None
