@@ -133,6 +133,7 @@ GOING_ON = """
 made = run("run", recipe.Recipe(sft=BARE, rl=section(steps=6, checkpoint_steps=2, device_batch=2)), prompts_of_rows())
 if os.environ["RANK"] == "0":
     (out / "curve.json").write_text(json.dumps([h["loss"] for h in made.detail["curve"]]))
+processes.close(recipe.Recipe())  # as the pipeline does at a stage's end; torch may abort at exit otherwise
 """
 
 
