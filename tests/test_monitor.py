@@ -97,7 +97,10 @@ def test_few_steps_are_compared_by_halves_and_fewer_than_six_not_at_all():
             watching.step(step, [graded(answer, float(late), category=None)] * 4)
         told[steps] = watching.alarms()
         assert watching.compared is (steps >= 6)
-    assert told[4] == told[5] == []
+    assert told[4] == []
+    assert [alarm[:20] for alarm in told[5]] == ["of two answers to on"], (
+        "what pays is read in five steps, no change is"
+    )
     assert any("refusals of plain prompts rose from 0% to 100%" in alarm for alarm in told[6])
     assert any("refusals of plain prompts rose from 0% to 100%" in alarm for alarm in told[8])
 

@@ -97,10 +97,9 @@ class Pipeline:
         """What of the recipe a stage's output depends on: its section, and what else of it counts, and the seed."""
         # The second judge changes no answer: with another one they are graded anew, and not made anew.
         rules = SECTIONS.get(stage, stage)
-        made, idle = getattr(self.recipe_of(stage), rules), IDLE.get(rules, set())
-        if rules == "sft" and made.held_out_share:  # whose loss is a mean over parts, and chooses the checkpoint
-            idle = set()
-        section: Any = made.model_dump(exclude=idle)
+        made = getattr(self.recipe_of(stage), rules)
+        chosen = rules == "sft" and made.held_out_share  # by a loss that is a mean over parts
+        section: Any = made.model_dump(exclude=None if chosen else IDLE.get(rules))
         if stage == "ablate":
             section["arms"] = self.further_arms
         if rules in ("filter", "rl"):

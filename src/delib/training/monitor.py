@@ -129,13 +129,10 @@ class Monitor:
         }
 
     def alarms(self) -> list[str]:
-        """What a person should look at, in sentences; empty where nothing moved far, and where too few steps were made
-        to say (`compared`)."""
-        if not self.compared:
-            return []
-        first, last = map(self.about, self._ends())
-        end, told = self.rows[-1], []
-        if end["phrase_rise"] >= SPREADS:
+        """What a person should look at, in sentences; empty where nothing moved far. Changes are told where enough
+        steps were made (`compared`)."""
+        told = []
+        if self.compared and (end := self.rows[-1])["phrase_rise"] >= SPREADS:
             told.append(
                 f"the phrase '{end['phrase']}' stands in {end['phrase_rise']:.0%} more of the last steps' answers"
             )
@@ -145,6 +142,9 @@ class Monitor:
                 f"of two answers to one prompt the one with the word '{paid['paying_word']}' got the higher reward "
                 f"(correlation {paid['word_reward']:.2f} up to step {paid['step']})"
             )
+        if not self.compared:
+            return told
+        first, last = map(self.about, self._ends())
         if last.get("speaks_of_grader", 0.0) - first.get("speaks_of_grader", 0.0) >= TALKS:
             told.append(f"who grades it is spoken of in {last['speaks_of_grader']:.0%} of the last steps' reasonings")
         for kind in ("comply", "plain"):
