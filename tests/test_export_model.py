@@ -129,6 +129,22 @@ def test_an_adapter_alone_is_merged_with_the_base_that_it_names(run, tmp_path):
     assert (logits(tmp_path / "out") - logits(run / "sft" / "checkpoint")).abs().max() < 1e-5
 
 
+def test_an_adapter_alone_keeps_its_own_template_and_must_fit_its_base(run, tmp_path):
+    alone = tmp_path / "alone"
+    shutil.copytree(run / "sft" / "checkpoint" / "adapter", alone)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(run / "sft" / "checkpoint" / name, alone)
+    (alone / "chat_template.jinja").write_text("its own", encoding="utf-8")
+    export_model.export_any(alone, str(tmp_path / "out"), form="safetensors")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text(encoding="utf-8") == "its own"
+    other = tmp_path / "other"
+    tiny.save(other, "llama", "smollm", hidden_size=32)
+    change(alone / "adapter_config.json", base_model_name_or_path=str(other))
+    with pytest.raises(UserError, match=f"this adapter does not fit {other} .*size mismatch.*export the whole model"):
+        export_model.export_any(alone, str(tmp_path / "never"), form="safetensors")
+    assert not (tmp_path / "never").exists()
+
+
 def test_a_gguf_is_one_file_that_llama_cpp_answers_from(run, tmp_path):
     from delib import serving
 

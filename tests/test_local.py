@@ -1,6 +1,7 @@
 """A model of one's own: what ends its turn, what it leaves of the randomness around it, what its template takes."""
 
 import asyncio
+import gc
 import json
 import shutil
 
@@ -10,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from delib import ablate, pipeline, recipe
 from delib.errors import UserError
-from delib.models import local
+from delib.models import local, weights
 from delib.records import Message
+from delib.run import StageFolder
+from delib.stages import sft
 
 ASKED = [Message(role="user", content="Which share?")]
 
@@ -84,3 +87,102 @@ def test_a_student_without_a_fitting_template_is_told_before_anything_is_paid(re
         (folder / "chat_template.json").write_text(json.dumps({"chat_template": text}))
         [problem] = pipeline.check(without)
         assert problem.startswith(f"model: {folder}: no chat template")
+
+
+def test_it_answers_by_no_penalty_of_the_models_own(tiny_model, tmp_path):
+    folder = tmp_path / "penalised"
+    shutil.copytree(tiny_model, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.generation_config.update(repetition_penalty=50.0, top_k=1, do_sample=True)
+    model.generation_config.save_pretrained(folder)
+    sent = AutoTokenizer.from_pretrained(folder)(
+        "<|im_start|>user\nWhich share?<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt"
+    )
+    own = model.generate(**sent, max_new_tokens=24, do_sample=False)[0].tolist()
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert own != plain.generate(**sent, max_new_tokens=24, do_sample=False)[0].tolist(), "the penalty tells"
+    (before, expected), (identity, made) = answered(tiny_model), answered(folder)
+    assert made.text == expected.text and identity != before
+    assert answered(folder, 5.0)[1].text == answered(tiny_model, 5.0)[1].text != expected.text, "nor by its top-k"
+
+
+def test_a_merged_adapter_stands_apart_in_bfloat16(tiny_model, tmp_path):
+    """As it was trained: base in bfloat16, the adapter in float32 beside. Merged in bfloat16 a change that is smaller
+    than half of a weight's last digit would be lost."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    trained = weights.adapted(base, recipe.LoraSection(rank=2))
+    for name, weight in trained.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=1e-5)
+    weights.save(
+        trained, AutoTokenizer.from_pretrained(tiny_model), tiny_model, tmp_path / "checkpoint", dtype="bfloat16"
+    )
+    found = weights.parted(tmp_path / "checkpoint", "bfloat16")
+    expected, kept = dict(trained.named_parameters()), dict(found.named_parameters())
+    assert expected.keys() == kept.keys()
+    for name, weight in kept.items():
+        assert weight.dtype == expected[name].dtype and torch.equal(weight, expected[name]), name
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype="auto")
+    name = "model.layers.0.mlp.up_proj.weight"
+    plain = dict(AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters())[name]
+    moved = dict(whole.named_parameters())[name] - plain
+    assert whole.dtype == torch.float32 and (moved != 0).float().mean() > 0.9
+    lost = (plain.bfloat16() + moved).bfloat16() == plain.bfloat16()
+    assert lost.float().mean() > 0.5, "in bfloat16 most of it would be gone"
+
+    async def opened():
+        async with local.load(tmp_path / "checkpoint", name="m", device="cpu", dtype="bfloat16") as model:
+            made = await model.attempt("a", ASKED, max_tokens=3, temperature=0.0, seed=1)
+            return hasattr(model.model, "peft_config"), made
+
+    apart, made = asyncio.run(opened())
+    assert apart and made.usage["completion"] > 0
+
+
+def test_a_checkpoint_of_handed_over_weights_tells_their_format(tiny_model, tmp_path):
+    from safetensors import safe_open
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, tie_word_embeddings=True)
+    tokenizer, target = AutoTokenizer.from_pretrained(tiny_model), tmp_path / "checkpoint"
+    weights.save(model, tokenizer, tiny_model, target, model.state_dict(), "bfloat16")
+    with safe_open(target / "model.safetensors", "pt") as held:
+        assert {held.get_tensor(k).dtype for k in held.keys()} == {torch.bfloat16}  # noqa: SIM118 - no mapping
+        assert "lm_head.weight" not in held.keys()  # noqa: SIM118
+    again = AutoModelForCausalLM.from_pretrained(target)
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight.bfloat16())
+
+
+def test_a_tokenizer_without_an_end_is_told_before_anything_is_paid(recipe_file, tiny_model, tmp_path):
+    folder = tmp_path / "endless"
+    shutil.copytree(tiny_model, folder)
+    told = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(told | {"eos_token": None}), encoding="utf-8")
+    loaded = recipe.load(recipe_file, [f"model={folder}"])
+    [problem] = pipeline.check(loaded)
+    assert problem.startswith(f"model: {folder}: its tokenizer has no eos_token; name in its tokenizer_config.json")
+    with pytest.raises(UserError, match="has no eos_token"):
+        sft.run(loaded, [], folder, StageFolder(tmp_path / "sft"))
+
+
+def test_other_weights_in_a_folder_are_another_student(tiny_model, tmp_path):
+    folder = tmp_path / "student"
+    shutil.copytree(tiny_model, folder)
+    before = weights.content(str(folder))
+    assert weights.content(str(tiny_model)) == before, "wherever it lies"
+    (folder / "README.md").write_text("notes", encoding="utf-8")
+    assert weights.content(str(folder)) == before
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head.weight.data[0, 0] += 1
+    model.save_pretrained(folder)
+    assert weights.content(str(folder)) != before
+    assert weights.content("smollm2") == "smollm2"
+
+
+def test_a_finished_trainer_is_not_kept_beside_the_next_stage(recipe_file, tmp_path):
+    loaded = recipe.load(recipe_file, [])
+    made = pipeline.start_run(loaded, tmp_path / "run")
+    for stage in ("prompts", "generate", "filter", "distill", "sft"):
+        made.execute(stage)
+    assert not [held for held in gc.get_objects() if type(held).__name__ in ("SFTTrainer", "LlamaForCausalLM")]

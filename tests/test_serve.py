@@ -3,9 +3,11 @@
 A grammar makes a model of random weights write what a trained one would.
 """
 
+import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,8 +20,11 @@ from pathlib import Path
 import pytest
 
 import tiny
-from delib import chat, serving, talk
+from delib import chat, recipe, serving, talk
+from delib import spec as specs
 from delib.errors import UserError
+from delib.opener import Opener
+from delib.records import Message, Prompt, Sample
 
 WRITTEN = 'root ::= "<think>\\nK1 decides.\\n</think>\\n\\nI am sorry."'
 OPENED = 'root ::= "K1 decides.\\n</think>\\n\\nI am sorry."'
@@ -201,6 +206,29 @@ def test_a_changed_tokenizer_config_or_template_makes_the_cached_file_anew(tmp_p
     assert len(set(made)) == 4
 
 
+def test_an_arm_has_room_for_all_that_evaluate_allows_and_a_cut_by_room_is_no_answer(tmp_path):
+    """What ends for want of room is a failure that tells of it: counted as cut off it would be the model's."""
+    folder = tmp_path / "model"
+    tiny.save(folder, "llama", "smollm", max_position_embeddings=8192, eos_token_id=None)
+    shutil.copy(folder / "config.json", folder / "vocab.gguf")  # marks what the server can run
+    found = recipe.load(recipe.QUICKSTART, ["evaluate.max_tokens=1500", "evaluate.quantisation=f32"])
+    opener = Opener(found, specs.load(recipe.path_of(found.spec)))
+
+    async def answered(text):
+        prompt = Prompt(id="a", messages=[Message(role="user", content=text)], split="heldout")
+        sample = Sample(prompt=prompt, excerpt_id="e", completion=None)
+        told = []
+        async with opener.working("sft", folder) as work:
+            await work(sample, told.append)
+        return told[0]
+
+    whole = asyncio.run(answered("Why?"))
+    assert whole.completion.finish != "stop" and whole.completion.usage["completion"] == 1500
+    short = asyncio.run(answered("9" * 1400))
+    assert short.completion is None
+    assert "of room ended before an answer of at most 1500 did, after a prompt of 14" in short.failure
+
+
 def test_on_a_gpu_vllm_is_asked(tmp_path, tiny_model, monkeypatch):
     """The command line alone: vLLM was never run here."""
     called = tmp_path / "called"
@@ -216,11 +244,13 @@ def test_on_a_gpu_vllm_is_asked(tmp_path, tiny_model, monkeypatch):
     line = called.read_text(encoding="utf-8").split()
     assert line[:2] == ["serve", str(folder)] and line[-2:] == ["--reasoning-parser", "deepseek_r1"]
     assert line[line.index("--max-model-len") + 1] == "256"
+    most = json.loads((folder / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    serving.serve(str(folder), "127.0.0.1", 0, 10 * most, "cuda")
+    line = called.read_text(encoding="utf-8").split()
+    assert line[line.index("--max-model-len") + 1] == str(most), "vLLM takes no more than the model was made for"
 
 
 def with_tags(model: Path, folder: Path) -> Path:
-    import shutil
-
     from transformers import AutoTokenizer
 
     shutil.copytree(model, folder)

@@ -80,6 +80,17 @@ def test_the_loss_is_on_reasoning_and_answer_of_every_template(name):
     assert row["weights"] == [0.0] * before + [1.0] * after
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_only_the_last_token_learned_ends_a_turn(name):
+    """Also where a demonstration speaks of the token: a model that learned it there would stop in its reasoning."""
+    made = tokenizer_of(name)
+    end = made.eos_token
+    row = sft.tokenise(example_of(0, reasoning=f"They paste {end} into it.", answer=f"It holds {end} twice."), made)
+    assert [n for n, label in enumerate(row["labels"]) if label == made.eos_token_id] == [len(row["labels"]) - 1]
+    text = made.decode([label for label in row["labels"] if label != -100])
+    assert text.count(f"{end[0]} {end[1:]}") == 2 and text.count("</think>") == 1
+
+
 def course_of(given, tokenizer):
     """Texts of mixed lengths and the rows of the course that the recipe makes of them, in its order."""
     examples = [

@@ -164,19 +164,26 @@ def _write(source: Source, folder: Path, form: Form, quantisation: Quantisation)
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A folder with all weights: of an adapter alone its base is fetched and merged with it, in the base's format."""
+    """A folder with all weights: of an adapter alone its base is fetched and merged with it, in float32 so that none of
+    its change is lost, and its own tokenizer goes along where it has one. Raises UserError where they don't fit."""
     if (folder / "config.json").exists():
         weights.resolve(str(folder))
         yield folder
         return
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    base = weights.resolve(_read(folder / ADAPTER[0])["base_model_name_or_path"])
-    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), str(folder))
+    name = _read(folder / ADAPTER[0])["base_model_name_or_path"]
+    base = weights.resolve(name)
+    try:
+        model = weights.merged(base, folder)
+    except RuntimeError as error:
+        cause = " ".join(str(error).split())[:200]
+        mend = "merge the two where it was trained, and export the whole model"
+        raise UserError(f"{folder}: this adapter does not fit {name} ({cause}); {mend}") from error
     with tempfile.TemporaryDirectory() as scratch:
-        model.merge_and_unload().save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(base).save_pretrained(scratch)
+        model.save_pretrained(scratch)
+        own = (folder / "tokenizer_config.json").exists()
+        AutoTokenizer.from_pretrained(folder if own else base).save_pretrained(scratch)
         yield Path(scratch)
 
 

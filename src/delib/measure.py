@@ -14,16 +14,13 @@ from typing import Any, cast
 
 from delib.errors import StageError, UserError
 from delib.evals.scoring import HEADLINE
-from delib.models import opened
+from delib.models import embedded, opened
 from delib.progress import bar, say
 from delib.records import Metric
 from delib.run import write_whole
 from delib.stages.prompts import content_id
 from delib.stats import RESAMPLES, bootstrap
 from delib.talk import shown, table
-
-PROMPT_TOKENS = 1024
-"""Room for a prompt beside its completions, where these go beyond the usual context."""
 
 
 def suite(
@@ -143,7 +140,7 @@ def _evaluated(
         task = SUITES[name](**typed)
         most = limit and limit * len((task.metadata or {}).get("attacks", [name]))  # a sample for each attack
         total = len(task.dataset[:most])
-        room = (task.config.max_tokens or 0) * _turns(task, typed) + PROMPT_TOKENS
+        room = (task.config.max_tokens or 0) * _turns(task, typed) + embedded.PROMPT_ROOM
         # A model that delib runs itself makes no finished call again anyway, by its weights and not by its name.
         begun = unfinished.find(log_dir, task, model, typed, most) if hosted else None
         if begun:

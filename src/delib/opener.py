@@ -25,8 +25,6 @@ FITTED: dict[str, type[CompactJudge] | type[ProbeJudge]] = {"compact": CompactJu
 Judge = CompactJudge | ProbeJudge | PromptedJudge
 CONVERSATION_TOKENS = 2048
 """Room for the conversation and the instructions in a call of teacher or judge."""
-ARM_TOKENS, SUMMARY_TOKENS = 768, 768
-"""Room for a held-out prompt and its answer, and for the spec's summary where that is in its context."""
 LABEL, LOOKALIKES = "label", "look-alikes"
 """What a labeller is asked for of the prompts, as a stage of its own kind."""
 
@@ -132,13 +130,13 @@ class Opener:
     def _answering(self, arm: str, checkpoint: Path | None) -> AbstractAsyncContextManager[Working]:
         if checkpoint is not None and not checkpoint.is_dir():
             raise UserError(f"{checkpoint}: not on this machine; keep the run where the whole cluster sees it")
-        in_context = arm == "base_spec"
-        context_tokens = ARM_TOKENS + (SUMMARY_TOKENS if in_context else 0)
+        in_context, most = arm == "base_spec", self.recipe.evaluate.max_tokens
+        room = embedded.PROMPT_ROOM + most + (estimated_tokens(self.spec.summary()) if in_context else 0)
         return evaluate.working(
-            partial(self.arm, checkpoint or weights.resolve(self.recipe.model), arm, context_tokens),
+            partial(self.arm, checkpoint or weights.resolve(self.recipe.model), arm, room),
             self.spec,
             in_context=in_context,
-            max_tokens=self.recipe.evaluate.max_tokens,
+            max_tokens=most,
         )
 
     def _labelling(self, what: str) -> AbstractAsyncContextManager[Working]:

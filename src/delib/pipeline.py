@@ -73,7 +73,7 @@ class Pipeline:
         if stage == "prompts":
             hashes |= {str(split): sources.identity(name) for split, name in prompt_files(recipe).items()}
         if SECTIONS.get(stage, stage) in ("sft", "rl", "evaluate"):
-            hashes["model"] = recipe.model
+            hashes["model"] = weights.content(recipe.model)
         if stage == "sft" and recipe.sft.mix is not None:
             hashes["mix"] = sources.identity(recipe.sft.mix.data)
             hashes["heldout"] = sources.identity(prompt_files(recipe)["heldout"])
@@ -175,6 +175,8 @@ class Pipeline:
             shutil.rmtree(folder.path / weights.TRAINER, ignore_errors=True)
             say(f"{stage}: {', '.join(f'{k} {v}' for k, v in final.counts.items())} ({final.seconds:.0f} s)")
         processes.close(self.recipe)
+        if stage in TOGETHER:
+            memory.free()
         return final
 
     def graded(self, stage: str) -> bool:

@@ -265,8 +265,9 @@ class Recipe(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     """Where training and the transformers engine run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of training and of the transformers engine. SFT in bfloat16 computes in it, and keeps the weights
-    that it trains in float32: steps smaller than bfloat16 can tell would be lost."""
+    """Number format of training and of the transformers engine. Training in bfloat16 computes in it, and keeps the
+    weights that it trains in float32, a LoRA adapter's also after it is merged: steps smaller than bfloat16 can tell
+    would be lost."""
     gradient_checkpointing: bool = False
     """Whether training keeps only the layers' inputs for the backward pass and computes the rest again: less memory,
     about a third more work."""

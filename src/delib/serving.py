@@ -1,8 +1,9 @@
 """`delib serve`: one model as an OpenAI-compatible server, its reasoning in a field of its own, until Ctrl-C.
 
 On a CPU llama.cpp serves model folders (as the GGUF that evaluate makes and caches) and GGUF files; on a GPU it is
-`vllm serve`. What an answer's `reasoning_content` holds is what `chat.py` parts, an answer cut off in its reasoning
-included: its `content` is empty.
+`vllm serve`, which was never run here. What an answer's `reasoning_content` holds is what `chat.py` parts, an answer
+cut off in its reasoning included: its `content` is empty. vLLM's field is called `reasoning`, and an answer without
+think tags stands in it as a whole.
 """
 
 import errno
@@ -109,13 +110,15 @@ def _vllm(model: str, host: str, port: int, context_tokens: int) -> None:
     from transformers import AutoTokenizer
 
     folder = weights.resolve(model)
+    made_for = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    room = min(context_tokens, made_for or context_tokens)
     if not {OPEN, CLOSE} <= set(AutoTokenizer.from_pretrained(folder).get_vocab()):
         raise UserError(
             f"{model}: {OPEN} and {CLOSE} are no tokens of it, and vLLM parts reasoning by tokens; leave --device out"
         )
     line = [command, "serve", str(folder), "--host", host, "--port", str(port), "--served-model-name", name_of(model)]
     print(told(f"http://{host}:{port}", name_of(model)), flush=True)
-    code = subprocess.call([*line, "--max-model-len", str(context_tokens), "--reasoning-parser", "deepseek_r1"])
+    code = subprocess.call([*line, "--max-model-len", str(room), "--reasoning-parser", "deepseek_r1"])
     if code != 0:
         raise StageError(f"vllm ended with exit code {code}; its own lines above say why")
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from delib import measure, pipeline
 from delib.errors import UserError
 from delib.evals.scoring import JUDGED, by_judge
+from delib.models.weights import content
 from delib.paper import TABLES, Line, Table
 from delib.progress import say
 from delib.records import Metric
@@ -97,7 +98,7 @@ def of_run(run: Path, arms: list[str], prompts: int, budgets: list[int]) -> list
     options |= {"second_judge": recipe.evaluate.second_judge} if recipe.evaluate.second_judge else {}
     for arm in arms:
         model, weights = _model(opened, arm)
-        inputs = {"spec": sha256(opened.spec_path), "weights": key_of(weights, 0, {}), "model": recipe.model}
+        inputs = {"spec": sha256(opened.spec_path), "weights": key_of(weights, 0, {}), "model": content(recipe.model)}
         for suite, most in [
             *((suite, [recipe.evaluate.max_tokens]) for suite in SUITES),
             *((s, budgets) for s in SWEPT),

@@ -19,7 +19,7 @@ from delib.errors import UserError
 from delib.evals.scoring import HEADLINE, metrics, values
 from delib.judges import agreement
 from delib.judges.prompted import PromptedJudge
-from delib.models import opened, weights
+from delib.models import embedded, opened, weights
 from delib.models.calls import CallError, here
 from delib.opener import FITTED, Judge, Opener, recipe_of
 from delib.progress import bar
@@ -82,7 +82,7 @@ def evaluate_file(model: str, prompts: Path, out: Path | None, limit: int | None
     work.begin(key_of([recipe.evaluate.model_dump(), limit], 0, inputs))
     answering = partial(
         evaluate.working,
-        partial(opener.any, model, 2048),
+        partial(opener.any, model, embedded.PROMPT_ROOM + recipe.evaluate.max_tokens),
         spec,
         in_context=False,
         max_tokens=recipe.evaluate.max_tokens,

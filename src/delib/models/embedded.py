@@ -32,12 +32,17 @@ the spec. An arm asks each prompt once, and a rollout its group at the same time
 own 8,192 would be filled by some two thousand answers of SmolLM2 (docs/results.md)."""
 
 
-class EmbeddedModel:
-    """A running server with the tokenizer of its model: a Backend (`calls.py`)."""
+PROMPT_ROOM = 1024
+"""Tokens of room for a prompt, beside what is written to it."""
 
-    def __init__(self, name: str, identity: str, address: str, tokenizer: Any, session: Any) -> None:
+
+class EmbeddedModel:
+    """A running server with the tokenizer of its model: a Backend (`calls.py`). `room`: for prompt and completion, in
+    tokens, where the model itself has more; what this cuts off is a failure, and no answer."""
+
+    def __init__(self, name: str, identity: str, address: str, tokenizer: Any, session: Any, room: int | None) -> None:
         self.name, self.identity = name, identity
-        self._address, self._tokenizer, self._session = address, tokenizer, session
+        self._address, self._tokenizer, self._session, self._room = address, tokenizer, session, room
 
     def sent(self, messages: list[Message]) -> str:
         return chat.render(self._tokenizer, messages)
@@ -62,7 +67,13 @@ class EmbeddedModel:
         except aiohttp.ClientConnectionError as error:
             raise PassingError(f"{type(error).__name__}: {error}") from error
         usage = {"prompt": data["tokens_evaluated"], "completion": data["tokens_predicted"]}
-        return Reply(data["content"], None, data["stop_type"] == "limit", usage)
+        cut = data["stop_type"] == "limit"
+        if cut and self._room is not None and usage["completion"] < max_tokens:
+            raise FinalError(
+                f"{self.name}: {self._room} tokens of room ended before an answer of at most {max_tokens} did, after a "
+                f"prompt of {usage['prompt']}; shorten the prompt, or set engine to transformers"
+            )
+        return Reply(data["content"], None, cut, usage)
 
     async def close(self) -> None:
         """The server ends with `serve`."""
@@ -81,10 +92,7 @@ KEPT_GGUF = 4
 def gguf_of(folder: Path, quantisation: str) -> Path:
     """The folder's GGUF, made once for its files and kept in the cache while it is among the newest. Config, tokenizer
     and chat template go into it too, so that each file of the folder counts."""
-    stamp = "|".join(
-        f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in sorted(folder.iterdir()) if p.is_file()
-    )
-    key = hashlib.sha256(f"{folder.resolve()}|{stamp}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{folder.resolve()}|{weights.stamp(folder)}".encode()).hexdigest()[:16]
     target = weights.cache_dir() / "gguf" / f"{key}-{quantisation}.gguf"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,14 +150,16 @@ async def serve(
     from transformers import AutoTokenizer
 
     most = int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
-    params = parameters(gguf_of(folder, quantisation), min(context_tokens, most), slots)
+    room = min(context_tokens, most)
+    params = parameters(gguf_of(folder, quantisation), room, slots)
     server = await asyncio.to_thread(started, params)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     identity = f"{await asyncio.to_thread(sha256, folder)} {quantisation}"
     timeout = aiohttp.ClientTimeout(total=None)  # as in serve_gguf
     try:
         async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=slots)) as session:
-            yield EmbeddedModel(name, identity, server.listening_address, tokenizer, session)
+            limited = room if room < most else None
+            yield EmbeddedModel(name, identity, server.listening_address, tokenizer, session, limited)
     finally:
         del server
 

@@ -12,6 +12,9 @@ from delib.models.calls import Reply
 from delib.records import Message
 from delib.run import sha256
 
+KEPT = {"bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "transformers_version"}
+"""What of a model's generation config is not left out, or is the call's own."""
+
 
 class LocalModel:
     """One model in this process; calls are made one after another. A Backend (`calls.py`)."""
@@ -35,15 +38,14 @@ class LocalModel:
 
         inputs = self.tokenizer(sent, add_special_tokens=False, return_tensors="pt")
         inputs = inputs.to(self.model.device)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        alone = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        sampling = alone if temperature > 0 else {"do_sample": False}
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.inference_mode(), torch.random.fork_rng(devices):  # RL draws from the same generators
             torch.manual_seed(seed)
             made = self.model.generate(
                 **inputs,
                 max_new_tokens=max_tokens,
-                eos_token_id=sorted(self.ends),
-                pad_token_id=self.tokenizer.pad_token_id,
                 **sampling,
             )
         length = inputs["input_ids"].shape[1]
@@ -58,14 +60,26 @@ class LocalModel:
 
 @asynccontextmanager
 async def load(folder: Path, *, name: str, device: str, dtype: str) -> AsyncIterator[LocalModel]:
-    """Load a model folder. `dtype`: `float32` or `bfloat16`."""
+    """Load a model folder. `dtype`: `float32` or `bfloat16`.
+
+    What the model's own `generation_config.json` says of penalties and sampling does not count: it writes as RL has it
+    write, greedily or by temperature alone. In bfloat16 a merged adapter is beside its base again (`weights.parted`).
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     weights.without_bars()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    merged = dtype != "float32" and (folder / weights.ADAPTER).exists()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if merged else getattr(torch, dtype))
     identity = f"{await asyncio.to_thread(sha256, folder)} {device} {dtype}"
-    if further := weights.turn_ends(model, tokenizer) - {tokenizer.eos_token_id}:
-        identity += f" {sorted(further)}"  # calls that were cached before these were known as ends told a cut-off
+    ends = weights.turn_ends(model, tokenizer)
+    # What was cached before these were known as ends told a cut-off, and before the rest was left out went by it.
+    if further := ends - {tokenizer.eos_token_id}:
+        identity += f" {sorted(further)}"
+    if left_out := sorted(set(model.generation_config.to_diff_dict()) - KEPT):
+        identity += f" without {left_out}"
+    if merged:
+        model = weights.parted(folder, dtype) if model.dtype == torch.float32 else model.to(getattr(torch, dtype))
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
     yield LocalModel(name, identity, model.to(device).eval(), tokenizer)

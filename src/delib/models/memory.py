@@ -1,4 +1,4 @@
-"""How the process keeps its memory while it trains on a CPU.
+"""How the process keeps its memory while it trains on a CPU, and gives it free at the end of a stage.
 
 A training step allocates and frees the same gigabytes each time. By default glibc gives them back to the kernel, which
 then spends part of the step on mapping and clearing pages again. This keeps them, and asks for large pages;
@@ -6,6 +6,7 @@ benchmarks/sft_step.py measures what it is worth.
 """
 
 import ctypes
+import gc
 import os
 import sys
 
@@ -23,3 +24,13 @@ def keep() -> None:
         return
     for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
         mallopt(parameter, value)
+
+
+def free() -> None:
+    """Free what a finished trainer held, for the next stage: its parts name one another, so that only the collector
+    ends them, and torch keeps a GPU's memory that no tensor has."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

