@@ -138,11 +138,17 @@ def test_an_adapter_alone_keeps_its_own_template_and_must_fit_its_base(run, tmp_
     export_model.export_any(alone, str(tmp_path / "out"), form="safetensors")
     assert (tmp_path / "out" / "chat_template.jinja").read_text(encoding="utf-8") == "its own"
     other = tmp_path / "other"
-    tiny.save(other, "llama", "smollm", hidden_size=32)
     change(alone / "adapter_config.json", base_model_name_or_path=str(other))
-    with pytest.raises(UserError, match=f"this adapter does not fit {other} .*size mismatch.*export the whole model"):
-        export_model.export_any(alone, str(tmp_path / "never"), form="safetensors")
-    assert not (tmp_path / "never").exists()
+    for shape, said in (
+        ({"hidden_size": 48}, "size mismatch"),
+        ({"num_hidden_layers": 1}, "one of them alone has .*layers.1"),
+        ({"num_hidden_layers": 3}, "one of them alone has .*layers.2"),
+    ):
+        shutil.rmtree(other, ignore_errors=True)
+        tiny.save(other, "llama", "smollm", **shape)
+        with pytest.raises(UserError, match=f"this adapter does not fit {other} .*{said}.*export the whole model"):
+            export_model.export_any(alone, str(tmp_path / "never"), form="safetensors")
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(("never", "tmp"))]
 
 
 def test_a_gguf_is_one_file_that_llama_cpp_answers_from(run, tmp_path):

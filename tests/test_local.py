@@ -15,6 +15,7 @@ from delib.models import local, weights
 from delib.records import Message
 from delib.run import StageFolder
 from delib.stages import sft
+from delib.training.student import student
 
 ASKED = [Message(role="user", content="Which share?")]
 
@@ -106,38 +107,47 @@ def test_it_answers_by_no_penalty_of_the_models_own(tiny_model, tmp_path):
     assert answered(folder, 5.0)[1].text == answered(tiny_model, 5.0)[1].text != expected.text, "nor by its top-k"
 
 
-def test_a_merged_adapter_stands_apart_in_bfloat16(tiny_model, tmp_path):
-    """As it was trained: base in bfloat16, the adapter in float32 beside. Merged in bfloat16 a change that is smaller
-    than half of a weight's last digit would be lost."""
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+def test_a_merged_adapter_is_measured_and_kept_as_it_was_trained(tiny_model, tmp_path):
+    """Base in bfloat16, the adapter in float32 beside, in SFT and again in RL from there. Merged in bfloat16 a change
+    that is smaller than half of a weight's last digit would be lost."""
+    tokenizer, start = AutoTokenizer.from_pretrained(tiny_model), tiny_model
+    for stage in ("sft", "rl"):
+        trained = stirred(start)
+        weights.save(trained, tokenizer, start, tmp_path / stage, dtype="bfloat16")
+        expected = dict(trained.named_parameters())
+
+        async def opened(folder):
+            async with local.load(folder, name="m", device="cpu", dtype="bfloat16") as model:
+                made = await model.attempt("a", ASKED, max_tokens=3, temperature=0.0, seed=1)
+                assert made.usage["completion"] > 0
+                return dict(model.model.named_parameters())
+
+        found = asyncio.run(opened(tmp_path / stage))
+        assert expected.keys() == found.keys()
+        for name, weight in found.items():
+            assert weight.dtype == expected[name].dtype and torch.equal(weight, expected[name]), name
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / stage, dtype="auto")
+        again = trained.float().merge_and_unload()
+        assert whole.dtype == torch.float32
+        for name, weight in again.named_parameters():
+            assert torch.equal(dict(whole.named_parameters())[name], weight), name
+        plain = dict(AutoModelForCausalLM.from_pretrained(start, dtype=torch.bfloat16).named_parameters())
+        name = "model.layers.0.mlp.up_proj.weight"
+        assert (dict(whole.named_parameters())[name] != plain[name]).float().mean() > 0.9
+        lost = dict(whole.named_parameters())[name].bfloat16() == plain[name]
+        assert lost.float().mean() > 0.5, "in bfloat16 most of it would be gone"
+        start = tmp_path / stage
+
+
+def stirred(start):
+    """What a stage trains by LoRA in bfloat16, after small steps."""
+    given = recipe.Recipe(dtype="bfloat16", rl=recipe.RlSection(lora=recipe.LoraSection(rank=2)))
+    made = student(given, given.rl, start)
     torch.manual_seed(0)
-    trained = weights.adapted(base, recipe.LoraSection(rank=2))
-    for name, weight in trained.named_parameters():
+    for name, weight in made.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=1e-5)
-    weights.save(
-        trained, AutoTokenizer.from_pretrained(tiny_model), tiny_model, tmp_path / "checkpoint", dtype="bfloat16"
-    )
-    found = weights.parted(tmp_path / "checkpoint", "bfloat16")
-    expected, kept = dict(trained.named_parameters()), dict(found.named_parameters())
-    assert expected.keys() == kept.keys()
-    for name, weight in kept.items():
-        assert weight.dtype == expected[name].dtype and torch.equal(weight, expected[name]), name
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype="auto")
-    name = "model.layers.0.mlp.up_proj.weight"
-    plain = dict(AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters())[name]
-    moved = dict(whole.named_parameters())[name] - plain
-    assert whole.dtype == torch.float32 and (moved != 0).float().mean() > 0.9
-    lost = (plain.bfloat16() + moved).bfloat16() == plain.bfloat16()
-    assert lost.float().mean() > 0.5, "in bfloat16 most of it would be gone"
-
-    async def opened():
-        async with local.load(tmp_path / "checkpoint", name="m", device="cpu", dtype="bfloat16") as model:
-            made = await model.attempt("a", ASKED, max_tokens=3, temperature=0.0, seed=1)
-            return hasattr(model.model, "peft_config"), made
-
-    apart, made = asyncio.run(opened())
-    assert apart and made.usage["completion"] > 0
+    return made
 
 
 def test_a_checkpoint_of_handed_over_weights_tells_their_format(tiny_model, tmp_path):
@@ -183,6 +193,30 @@ def test_other_weights_in_a_folder_are_another_student(tiny_model, tmp_path):
 def test_a_finished_trainer_is_not_kept_beside_the_next_stage(recipe_file, tmp_path):
     loaded = recipe.load(recipe_file, [])
     made = pipeline.start_run(loaded, tmp_path / "run")
-    for stage in ("prompts", "generate", "filter", "distill", "sft"):
+    for stage in ("prompts", "generate", "filter", "distill"):
         made.execute(stage)
-    assert not [held for held in gc.get_objects() if type(held).__name__ in ("SFTTrainer", "LlamaForCausalLM")]
+    kinds = ("PlainHeadTrainer", "LlamaForCausalLM")
+    gc.collect()
+    before = [type(held).__name__ for held in gc.get_objects() if type(held).__name__ in kinds]
+    gc.disable()  # none by chance
+    try:
+        made.execute("sft")
+    finally:
+        gc.enable()
+    assert [type(held).__name__ for held in gc.get_objects() if type(held).__name__ in kinds] == before
+
+
+def test_a_finished_run_stands_without_its_base(recipe_file, tiny_model, tmp_path):
+    folder = tmp_path / "student"
+    shutil.copytree(tiny_model, folder)
+    made = pipeline.start_run(recipe.load(recipe_file, [f"model={folder}"]), tmp_path / "run")
+    pipeline.run_all(made, ("prompts", "generate", "filter", "distill", "sft"))
+    assert made.folder("sft").manifest().inputs["model"] == weights.content(str(folder))
+    folder.rename(tmp_path / "elsewhere")
+    again = pipeline.open_run(tmp_path / "run")
+    assert again.folder("sft").done(again.key("sft"))
+    again.execute("sft")
+    shutil.copytree(tmp_path / "elsewhere", folder)
+    assert again.folder("sft").done(again.key("sft")), "copied back, with other times"
+    (folder / "generation_config.json").write_text("{}", encoding="utf-8")
+    assert not again.folder("sft").done(again.key("sft"))

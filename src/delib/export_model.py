@@ -151,7 +151,7 @@ def _write(source: Source, folder: Path, form: Form, quantisation: Quantisation)
         config["base_model_name_or_path"] = _base_of(source, form)
         _dump(folder / ADAPTER[0], config)
         return f"an adapter of {config['base_model_name_or_path']}"
-    with _whole(source.folder) as model:
+    with _whole(source.folder, folder.parent) as model:
         if form == "safetensors":
             _copy(model, folder, (*MODEL, *TOKENIZER))
             return "safetensors"
@@ -163,26 +163,35 @@ def _write(source: Source, folder: Path, form: Form, quantisation: Quantisation)
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
+def _whole(folder: Path, beside: Path) -> Iterator[Path]:
     """A folder with all weights: of an adapter alone its base is fetched and merged with it, in float32 so that none of
-    its change is lost, and its own tokenizer goes along where it has one. Raises UserError where they don't fit."""
+    its change is lost, for a while in the folder `beside`; its own tokenizer goes along where it has one. Raises
+    UserError where the two don't fit."""
     if (folder / "config.json").exists():
         weights.resolve(str(folder))
         yield folder
         return
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
     from transformers import AutoTokenizer
 
     name = _read(folder / ADAPTER[0])["base_model_name_or_path"]
     base = weights.resolve(name)
+    mend = "merge the two where it was trained, and export the whole model"
     try:
-        model = weights.merged(base, folder)
-    except RuntimeError as error:
+        model = weights.beside(base, folder)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+            raise
         cause = " ".join(str(error).split())[:200]
-        mend = "merge the two where it was trained, and export the whole model"
         raise UserError(f"{folder}: this adapter does not fit {name} ({cause}); {mend}") from error
-    with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch)
-        own = (folder / "tokenizer_config.json").exists()
+    with safe_open(folder / ADAPTER[1], "pt") as held:
+        odd = {n for n in held.keys() if "lora_" in n} ^ {n for n in get_peft_model_state_dict(model) if "lora_" in n}  # noqa: SIM118
+    if odd:
+        raise UserError(f"{folder}: this adapter does not fit {name} (one of them alone has {min(odd)}); {mend}")
+    with tempfile.TemporaryDirectory(dir=beside) as scratch:
+        model.merge_and_unload().save_pretrained(scratch)
+        own = any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model"))
         AutoTokenizer.from_pretrained(folder if own else base).save_pretrained(scratch)
         yield Path(scratch)
 

@@ -64,6 +64,7 @@ def _of_run(run: pipeline.Pipeline, stage: str, form: str, quantisation: str | N
     if asked.engine == "llamacpp" and weights.can_serve(run.folder(stage).path / CHECKPOINT):
         measured = f"llama.cpp with weights in {asked.evaluate.quantisation}"
     same = quantisation == asked.evaluate.quantisation and measured.startswith("llama.cpp")
+    apart = asked.dtype != "float32" and (run.folder(stage).path / CHECKPOINT / weights.ADAPTER).exists()
     return {
         "recipe": made[stage],
         "filter": made["filter"].filter,
@@ -81,7 +82,7 @@ def _of_run(run: pipeline.Pipeline, stage: str, form: str, quantisation: str | N
         },
         "table": figures(run, stage),
         "measured": measured,
-        "same_form": same or (form == "safetensors" and measured.startswith("transformers")),
+        "same_form": same or (form == "safetensors" and measured.startswith("transformers") and not apart),
     }
 
 

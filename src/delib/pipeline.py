@@ -73,11 +73,17 @@ class Pipeline:
         if stage == "prompts":
             hashes |= {str(split): sources.identity(name) for split, name in prompt_files(recipe).items()}
         if SECTIONS.get(stage, stage) in ("sft", "rl", "evaluate"):
-            hashes["model"] = weights.content(recipe.model)
+            hashes["model"] = self._student(stage)
         if stage == "sft" and recipe.sft.mix is not None:
             hashes["mix"] = sources.identity(recipe.sft.mix.data)
             hashes["heldout"] = sources.identity(prompt_files(recipe)["heldout"])
         return hashes
+
+    def _student(self, stage: str) -> str:
+        """What the model is. A folder that is out of sight is taken for what the finished stage was made from."""
+        made, place = self.folder(stage).manifest(), Path(self.recipe.model)
+        lost = place.is_absolute() and not place.is_dir()
+        return made.inputs["model"] if lost and made is not None else weights.content(self.recipe.model)
 
     def inputs(self, stage: str) -> dict[str, str]:
         """The hashes of what a stage reads. Raises UserError where an earlier one is not finished."""

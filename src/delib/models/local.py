@@ -12,9 +12,6 @@ from delib.models.calls import Reply
 from delib.records import Message
 from delib.run import sha256
 
-KEPT = {"bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "transformers_version"}
-"""What of a model's generation config is not left out, or is the call's own."""
-
 
 class LocalModel:
     """One model in this process; calls are made one after another. A Backend (`calls.py`)."""
@@ -66,20 +63,17 @@ async def load(folder: Path, *, name: str, device: str, dtype: str) -> AsyncIter
     write, greedily or by temperature alone. In bfloat16 a merged adapter is beside its base again (`weights.parted`).
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     weights.without_bars()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    merged = dtype != "float32" and (folder / weights.ADAPTER).exists()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if merged else getattr(torch, dtype))
-    identity = f"{await asyncio.to_thread(sha256, folder)} {device} {dtype}"
+    adapted = dtype != "float32" and (folder / weights.ADAPTER).exists()
+    model: Any
+    if adapted and AutoConfig.from_pretrained(folder).dtype == torch.float32:
+        model = weights.parted(folder, dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     ends = weights.turn_ends(model, tokenizer)
-    # What was cached before these were known as ends told a cut-off, and before the rest was left out went by it.
-    if further := ends - {tokenizer.eos_token_id}:
-        identity += f" {sorted(further)}"
-    if left_out := sorted(set(model.generation_config.to_diff_dict()) - KEPT):
-        identity += f" without {left_out}"
-    if merged:
-        model = weights.parted(folder, dtype) if model.dtype == torch.float32 else model.to(getattr(torch, dtype))
+    identity = f"{await asyncio.to_thread(sha256, folder)} {device} {dtype}, ends {sorted(ends)}, temperature alone"
     model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
     yield LocalModel(name, identity, model.to(device).eval(), tokenizer)

