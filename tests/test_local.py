@@ -216,6 +216,8 @@ def test_a_finished_run_stands_without_its_base(recipe_file, tiny_model, tmp_pat
     again = pipeline.open_run(tmp_path / "run")
     assert again.folder("sft").done(again.key("sft"))
     again.execute("sft")
+    [problem] = pipeline.check(again.recipe)  # a path that was mistyped is no finished run
+    assert problem == f"model: {folder}: no such folder; name one that is there, 'smollm2', or a hub id"
     shutil.copytree(tmp_path / "elsewhere", folder)
     assert again.folder("sft").done(again.key("sft")), "copied back, with other times"
     (folder / "generation_config.json").write_text("{}", encoding="utf-8")

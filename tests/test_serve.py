@@ -227,6 +227,8 @@ def test_an_arm_has_room_for_all_that_evaluate_allows_and_a_cut_by_room_is_no_an
     short = asyncio.run(answered("9" * 1400))
     assert short.completion is None
     assert "of room ended before an answer of at most 1500 did, after a prompt of 14" in short.failure
+    long = asyncio.run(answered("9" * 2600))
+    assert "after a prompt of 26" in long.failure and "set engine to transformers" in long.failure
 
 
 def test_on_a_gpu_vllm_is_asked(tmp_path, tiny_model, monkeypatch):

@@ -52,5 +52,7 @@ def check(recipe: Recipe) -> list[str]:
         problems.append(f"evaluate.second_judge: {recipe.judge} is the recipe's judge; name another one, or null")
     if recipe.sft.mix is not None:
         attempt(partial(mix.load, recipe.sft.mix.data))
+    if Path(recipe.model).is_absolute() and not Path(recipe.model).is_dir():
+        problems.append(f"model: {recipe.model}: no such folder; name one that is there, 'smollm2', or a hub id")
     problems += fitting.template(recipe, rows)
     return problems + rl.problems(recipe) + processes.problems(recipe) + on_ray.problems(recipe.ray)

@@ -16,11 +16,10 @@ from pydantic import ValidationError
 from delib import measure, pipeline
 from delib.errors import UserError
 from delib.evals.scoring import JUDGED, by_judge
-from delib.models.weights import content
 from delib.paper import TABLES, Line, Table
 from delib.progress import say
 from delib.records import Metric
-from delib.run import key_of, sha256, write_whole
+from delib.run import key_of, write_whole
 from delib.stages.report import markdown_cell
 from delib.talk import shown
 from delib.wiring import CHECKPOINT
@@ -96,9 +95,10 @@ def of_run(run: Path, arms: list[str], prompts: int, budgets: list[int]) -> list
     how |= {"quantisation": recipe.evaluate.quantisation}
     options = {"judge": recipe.judge, "spec": str(opened.spec_path)}
     options |= {"second_judge": recipe.evaluate.second_judge} if recipe.evaluate.second_judge else {}
+    own = opened.own_inputs("evaluate")
     for arm in arms:
         model, weights = _model(opened, arm)
-        inputs = {"spec": sha256(opened.spec_path), "weights": key_of(weights, 0, {}), "model": content(recipe.model)}
+        inputs = own | {"weights": key_of(weights, 0, {})}
         for suite, most in [
             *((suite, [recipe.evaluate.max_tokens]) for suite in SUITES),
             *((s, budgets) for s in SWEPT),

@@ -52,8 +52,11 @@ class EmbeddedModel:
     ) -> Reply:
         import aiohttp
 
+        prompt = self._tokenizer.encode(sent, add_special_tokens=False)
+        if self._room is not None and len(prompt) >= self._room:
+            raise FinalError(self._no_room(len(prompt), max_tokens))
         body = {
-            "prompt": self._tokenizer.encode(sent, add_special_tokens=False),
+            "prompt": prompt,
             "n_predict": max_tokens,
             "temperature": temperature,
             "seed": seed,
@@ -69,11 +72,14 @@ class EmbeddedModel:
         usage = {"prompt": data["tokens_evaluated"], "completion": data["tokens_predicted"]}
         cut = data["stop_type"] == "limit"
         if cut and self._room is not None and usage["completion"] < max_tokens:
-            raise FinalError(
-                f"{self.name}: {self._room} tokens of room ended before an answer of at most {max_tokens} did, after a "
-                f"prompt of {usage['prompt']}; shorten the prompt, or set engine to transformers"
-            )
+            raise FinalError(self._no_room(len(prompt), max_tokens))
         return Reply(data["content"], None, cut, usage)
+
+    def _no_room(self, prompt: int, most: int) -> str:
+        return (
+            f"{self.name}: {self._room} tokens of room ended before an answer of at most {most} did, after a prompt of "
+            f"{prompt}; shorten the prompt, or set engine to transformers"
+        )
 
     async def close(self) -> None:
         """The server ends with `serve`."""

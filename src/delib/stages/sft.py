@@ -47,10 +47,10 @@ def tokenise(example: Example, tokenizer: Any, decision_weight: float = 1.0, rea
 
     Labels are -100 over the prompt, so only what the model writes is learned. Prompt and completion are tokenised
     apart, as at generation time, and the end-of-turn token closes the completion: the only special token in it, beside
-    think tags that are some. Tokens of the decision (the
-    reasoning's opening, its clause, its conclusion and the answer's opening) weigh `decision_weight`, the reasoning's
-    first word, on which all the rest hangs, `decision_weight` squared, the others 1. Without `reasoning` the answer
-    alone is learned, and its opening and first word weigh the same.
+    think tags that are some. Tokens of the decision (the reasoning's opening, its clause, its conclusion and the
+    answer's opening) weigh `decision_weight`, the reasoning's first word, on which all the rest hangs,
+    `decision_weight` squared, the others 1. Without `reasoning` the answer alone is learned, and its opening and first
+    word weigh the same.
     """
     sent = chat.render(tokenizer, example.messages)
     prompt = tokenizer.encode(sent, add_special_tokens=False)
