@@ -52,7 +52,7 @@ EXAMPLES = {
         "delib compare base.eval sft.eval rl.eval --changed 5 --plot pareto.svg",
     ),
     "tables": ("delib tables runs/small sft=sft-xs.eval rl=rl-xs.eval --out tables.md",),
-    "show": ("delib show runs/quickstart heldout-harassment-03",),
+    "show": ("delib show runs/quickstart heldout-harassment-04",),
     "label": ("delib label runs/quickstart --prompts 36",),
     "export": (
         "delib export runs/quickstart --to examples",

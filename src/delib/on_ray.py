@@ -45,7 +45,7 @@ def problems(section: RaySection | None) -> list[str]:
         return []
     found = []
     if importlib.util.find_spec("ray") is None:
-        found.append("ray: Ray is not installed; pip install 'delib[ray]', or leave the section out")
+        found.append("ray: Ray is not installed; pip install -e '.[ray]' in the clone, or leave the section out")
     if section.address not in (None, "auto"):
         host, _, port = str(section.address).rpartition(":")
         if not host or not port.isdecimal() or "/" in host:
