@@ -171,6 +171,27 @@ def test_a_model_in_this_process_may_take_its_time(tmp_path):
     assert asyncio.run(ask()).usage["completion"] > 0
 
 
+@pytest.mark.parametrize("by_file", [False, True])
+def test_a_temperature_cuts_nothing_away(tmp_path, by_file):
+    """At a high one, first tokens of 120 answers: of the 400 that there are, llama.cpp's own top-k leaves 40."""
+    tiny.save(tmp_path, "llama", "smollm")
+    gguf_file.to_gguf(tmp_path, tmp_path / "m.gguf", "f16")
+    asked = [Message(role="user", content="a")]
+
+    async def ask():
+        opening = (
+            embedded.serve_gguf(tmp_path / "m.gguf", context_tokens=64, slots=4)
+            if by_file
+            else embedded.serve(tmp_path, name="m", quantisation="f32", context_tokens=64, slots=4)
+        )
+        async with opening as model:
+            sent = model.sent(asked)
+            calls = (model.attempt(sent, asked, max_tokens=1, temperature=90.0, seed=n) for n in range(120))
+            return await asyncio.gather(*calls)
+
+    assert len({made.text for made in asyncio.run(ask())}) > 45
+
+
 def test_a_template_learns_of_think_tags_once_and_writes_the_same_prompts():
     from transformers import AutoTokenizer  # noqa: F401 - jinja as transformers runs it
     from transformers.utils.chat_template_utils import render_jinja_template

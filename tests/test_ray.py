@@ -22,7 +22,7 @@ from delib import on_ray, pipeline, recipe
 from delib.errors import StageError, UserError
 from delib.run import Run
 
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="pip install 'delib[ray]'")
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="pip install -e '.[ray]'")
 PROMPTS, SAMPLES, CALLS_A_SAMPLE, CONCURRENCY = 30, 2, 4, 8
 STORE_BYTES = 100 * 10**6
 KEY = "sk-only-in-the-environment"
@@ -231,7 +231,7 @@ def test_what_is_wrong_before_any_compute(mock, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find(name, *rest))
     found = pipeline.check(recipe.load(mock, ["ray={address: 'ray://head:10001'}"]))
     assert [problem.partition(":")[0] for problem in found] == ["ray", "ray.address"]
-    assert "pip install 'delib[ray]'" in found[0]
+    assert "pip install -e '.[ray]'" in found[0]
     assert pipeline.check(recipe.load(mock, [])) == []
 
 

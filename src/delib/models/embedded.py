@@ -35,6 +35,10 @@ own 8,192 would be filled by some two thousand answers of SmolLM2 (docs/results.
 PROMPT_ROOM = 1024
 """Tokens of room for a prompt, beside what is written to it."""
 
+SAMPLERS = "temperature"
+"""A temperature means the same in each engine: llama.cpp's own cuts (top-k 40, top-p 0.95, min-p 0.05) are off, as RL
+and the transformers engine sample without any."""
+
 
 class EmbeddedModel:
     """A running server with the tokenizer of its model: a Backend (`calls.py`). `room`: for prompt and completion, in
@@ -158,9 +162,10 @@ async def serve(
     most = int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
     room = min(context_tokens, most)
     params = parameters(gguf_of(folder, quantisation), room, slots)
+    params.sampling.samplers = SAMPLERS
     server = await asyncio.to_thread(started, params)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    identity = f"{await asyncio.to_thread(sha256, folder)} {quantisation}"
+    identity = f"{await asyncio.to_thread(sha256, folder)} {quantisation}, temperature alone"
     timeout = aiohttp.ClientTimeout(total=None)  # as in serve_gguf
     try:
         async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=slots)) as session:
@@ -181,11 +186,12 @@ async def serve_gguf(file: Path, *, context_tokens: int, slots: int) -> AsyncIte
     params = parameters(file, context_tokens, slots)
     params.cache_ram_mib = PAST
     params.use_jinja = True
+    params.sampling.samplers = SAMPLERS
     try:
         server = await asyncio.to_thread(started, params)
     except RuntimeError as error:
         raise UserError(f"{file}: llama.cpp does not take this file, or has no room for it ({error})") from error
-    identity = await asyncio.to_thread(sha256, file)
+    identity = f"{await asyncio.to_thread(sha256, file)}, temperature alone"
     backend = Endpoint(str(file), f"{server.listening_address}/v1", None, file.name, seconds=None, identity=identity)
     try:
         yield backend
