@@ -348,3 +348,27 @@ def test_the_hub_gets_a_model_private_unless_asked(run, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     said = export_model.export_any(run, "hub:me/policy", what="rl", form="gguf")
     assert calls == [("me/policy", True, "model"), [".gguf", ".md", "model"]] and said == "hub:me/policy: private"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "no adapter_model.safetensors"),
+        (lambda f: change(f / "adapter_config.json", base_model_name_or_path=None), "names no model that it goes onto"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), "names no model that it goes onto"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "names no model that it goes onto"),
+    ],
+)
+@pytest.mark.parametrize("form", ["adapter", "safetensors", "gguf"])
+def test_an_adapter_that_is_not_whole_is_told_before_anything_is_written(run, tmp_path, spoil, said, form):
+    alone = tmp_path / "alone"
+    shutil.copytree(run / "sft" / "checkpoint" / "adapter", alone)
+    spoil(alone)
+    with pytest.raises(UserError, match=said):
+        export_model.export_any(alone, str(tmp_path / "out"), form=form)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_goes_to_no_object_storage(run):
+    with pytest.raises(UserError, match="--to s3://bucket/x: an export goes to a new local folder or to hub:"):
+        export_model.export_any(run, "s3://bucket/x", what="sft")

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from delib import ablate, pipeline, recipe
 from delib.errors import UserError
 from delib.models import local, weights
+from delib.recipe import RlSection, SftSection
 from delib.records import Message
 from delib.run import StageFolder
 from delib.stages import sft
@@ -222,3 +223,44 @@ def test_a_finished_run_stands_without_its_base(recipe_file, tiny_model, tmp_pat
     assert again.folder("sft").done(again.key("sft")), "copied back, with other times"
     (folder / "generation_config.json").write_text("{}", encoding="utf-8")
     assert not again.folder("sft").done(again.key("sft"))
+
+
+@pytest.mark.parametrize("section", [SftSection(), RlSection()])
+def test_sampling_settings_without_do_sample_keep_no_checkpoint_from_being_written(tiny_model, tmp_path, section):
+    folder = tmp_path / "published"
+    shutil.copytree(tiny_model, folder)
+    told = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}
+    (folder / "generation_config.json").write_text(json.dumps(told), encoding="utf-8")
+    model = student(recipe.Recipe(), section, folder)
+    model.generation_config.pad_token_id = 1  # as a trainer sets it
+    model.save_pretrained(tmp_path / "checkpoint")
+    kept = json.loads((tmp_path / "checkpoint" / "generation_config.json").read_text(encoding="utf-8"))
+    assert told.items() <= kept.items()
+
+
+def test_a_model_folder_may_be_named_from_where_the_recipe_or_the_command_is(
+    recipe_file, tiny_model, tmp_path, monkeypatch
+):
+    shutil.copytree(tiny_model, recipe_file.parent / "models" / "beside")
+    shutil.copytree(tiny_model, tmp_path / "here" / "models" / "mine")
+    monkeypatch.chdir(tmp_path / "here")
+    for name, place in (("models/beside", recipe_file.parent), ("models/mine", tmp_path / "here")):
+        assert recipe.load(recipe_file, [f"model={name}"]).model == str((place / name).resolve())
+    assert recipe.load(recipe_file, ["model=owner/name"]).model == "owner/name"
+
+
+def test_a_model_that_is_out_of_sight_takes_no_trained_work_away(recipe_file, tiny_model, tmp_path):
+    """Neither is set aside what another recipe would make anew, were the model there."""
+    folder = tmp_path / "student"
+    shutil.copytree(tiny_model, folder)
+    loaded = recipe.load(recipe_file, [f"model={folder}"])
+    run = tmp_path / "run"
+    opened = pipeline.start_run(loaded, run)
+    made = StageFolder(run / "sft")
+    made.begin("of before")
+    (run / "sft" / "trainer" / "checkpoint-900").mkdir(parents=True)
+    folder.rename(tmp_path / "elsewhere")
+    pipeline.run_to(opened, "distill")
+    with pytest.raises(UserError, match="no such model"):
+        opened.execute("sft")
+    assert (run / "sft" / "trainer" / "checkpoint-900").is_dir() and not (run / "sft.stale").exists()

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 from collections import Counter
 from contextlib import asynccontextmanager
 
@@ -11,7 +12,7 @@ from conftest import ROWS, SPEC
 from delib import pipeline, recipe, spec
 from delib.errors import UserError
 from delib.models import embedded
-from delib.recipe import EvaluateSection, RlSection, SftSection
+from delib.recipe import EvaluateSection, LoraSection, RlSection, SftSection
 from delib.records import Message, Prompt, Sample, Verdict
 from delib.run import StageFolder
 from delib.stages import rl
@@ -441,3 +442,30 @@ def test_curves_go_only_where_the_package_is(tmp_path):
         with pytest.raises(UserError, match=r"rl\.report_to: trackio is not installed; pip install trackio"):
             rl.run(given, [], opened(WatchingJudge()), POLICY, tmp_path, StageFolder(tmp_path))
     assert rl.problems(recipe.Recipe()) == []
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_no_unit_is_dropped_and_the_curve_tells_how_far_it_went(tiny_model, tmp_path, monkeypatch, lora):
+    def rewards(self, prompts, completions, trainer_state, **_):
+        return [n % 3 / 2 for n in range(len(prompts))]
+
+    monkeypatch.setattr(Reward, "__call__", rewards)
+    start = tmp_path / "start"
+    model = model_that(False, tiny_model, start)
+    model.config.attention_dropout = 0.3
+    model.config.save_pretrained(start)
+    rows = [("r", "weapons", "W2", "refuse"), ("s", "weapons", "W2", "refuse")]
+    prompts = [
+        Prompt(id=n, messages=[Message(role="user", content=n)], category=a, clause=c, behaviour=b)
+        for n, a, c, b in rows
+    ]
+    section = RlSection(steps=4, prompts=2, group=2, max_tokens=16, learning_rate=1e-2, beta=0.5, lora=lora)
+    given, folder = recipe.Recipe(rl=section, evaluate=EvaluateSection(max_tokens=16)), tmp_path / "rl"
+    made = rl.run(given, prompts, opened(WatchingJudge()), POLICY, start, StageFolder(folder))
+    far = [row["kl"] for row in made.detail["curve"]]
+    assert far[0] == pytest.approx(0, abs=1e-6) and far[-1] > 1e-4
+    told = json.loads((folder / "checkpoint" / "config.json").read_text())
+    assert told["attention_dropout"] == 0.3
+    assert not [p for p in (folder / "checkpoint").rglob("*") if p.is_dir() and p.name != "adapter"]
+    dropping = recipe.Recipe(rl=section.model_copy(update={"lora": LoraSection(dropout=0.1)}))
+    assert any(p.startswith("rl.lora.dropout: ") for p in rl.problems(dropping)) and rl.problems(given) == []

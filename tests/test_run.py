@@ -1,12 +1,13 @@
 import errno
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from delib import run
-from delib.errors import StageError
+from delib.errors import StageError, UserError
 from delib.records import Example, Manifest, Message, Prompt
 
 
@@ -114,3 +115,25 @@ def test_a_line_separator_in_an_answer_parts_no_record(tmp_path):
     folder.replace([prompt, prompt])
     assert folder.records(Prompt) == [prompt, prompt]
     assert run.read_jsonl(folder.records_path, Prompt) == [prompt, prompt]
+
+
+def test_what_was_only_begun_takes_no_finished_work_away(tmp_path):
+    folder = run.StageFolder(tmp_path / "stage")
+    folder.begin("one")
+    folder.append(example(1))
+    assert folder.begin("two") is True
+    assert folder.begin("three") is False, "nothing was made under two"
+    assert (tmp_path / "stage.stale" / run.RECORDS).exists()
+
+
+def test_a_run_folder_is_one_commands_at_a_time(tmp_path):
+    holding = "import sys, time, pathlib; from delib import run\n"
+    holding += "with run.held(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", holding, tmp_path], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another command works on it"), run.held(tmp_path):
+            pass
+        other.kill()
+        other.wait()
+    with run.held(tmp_path), run.held(tmp_path):
+        pass  # it went with its process, and a stage may hold it again

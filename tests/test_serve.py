@@ -285,3 +285,17 @@ def test_chat_hides_the_reasoning_and_begins_with_the_system_message(monkeypatch
     system, first, answer, second = asked[1]
     assert system == ("system", "You work for a bank.") and first == ("user", "Which share?")
     assert answer == ("assistant", "I am sorry.") and second == ("user", "Why?")
+
+
+def test_a_folder_is_called_by_its_whole_name(tmp_path):
+    (tmp_path / "Qwen2.5-0.5B").mkdir()
+    (tmp_path / "runs.v1" / "sft" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "m.q8.gguf").write_bytes(b"")
+    assert serving.name_of(str(tmp_path / "Qwen2.5-0.5B")) == "Qwen2.5-0.5B"
+    assert serving.name_of(str(tmp_path / "runs.v1" / "sft" / "checkpoint")) == "runs.v1-sft"
+    assert serving.name_of(str(tmp_path / "m.q8.gguf")) == "m.q8" and serving.name_of("owner/name.1") == "owner/name.1"
+
+
+def test_a_folder_is_no_file_for_figures(tmp_path):
+    with pytest.raises(UserError, match="is a folder; name a file in it"):
+        talk.evaluate_file("smollm2", tmp_path / "prompts.jsonl", tmp_path, None)

@@ -64,6 +64,8 @@ def check_place(to: str, public: bool) -> None:
     folder = Path(to)
     if to.startswith(HUB):
         _check_name(to.removeprefix(HUB))
+    elif "://" in to:
+        raise UserError(f"--to {to}: an export goes to a new local folder or to hub:OWNER/NAME; copy it on from there")
     elif public:
         raise UserError("--public is for the hub; write --to hub:OWNER/NAME, or leave it out")
     elif folder.exists() or folder.is_symlink():

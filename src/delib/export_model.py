@@ -84,7 +84,7 @@ def export_model(place: Path, to: str, public: bool, what: str | None, form: For
     """
     export.check_place(to, public)
     source = _source(place, what)
-    if form == "adapter":
+    if form == "adapter" or not (source.folder / "config.json").exists():
         _check_adapter(source)
 
     def write(folder: Path) -> str:
@@ -121,11 +121,26 @@ def adapter_of(folder: Path) -> Path | None:
 
 
 def _check_adapter(source: Source) -> None:
-    if adapter_of(source.folder) is None:
+    """Before anything is loaded: PEFT would unpickle weights where no safetensors lie."""
+    folder = adapter_of(source.folder)
+    if folder is None:
         who = "it" if source.stage is None else f"{source.stage}"
         raise UserError(
             f"{source.folder}: holds no LoRA adapter, since {who} trained the weights themselves; "
             "use --form safetensors or gguf"
+        )
+    if not (folder / ADAPTER[1]).exists():
+        raise UserError(
+            f"{folder}: no {ADAPTER[1]} in it; delib loads weights only from safetensors, so save it anew with PEFT"
+        )
+    try:
+        base = _read(folder / ADAPTER[0])["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str):
+        raise UserError(
+            f"{folder / ADAPTER[0]}: names no model that it goes onto; write its folder or hub id as "
+            "base_model_name_or_path"
         )
 
 

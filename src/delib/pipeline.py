@@ -9,6 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from delib.preflight import check, prompt_files
 from delib.progress import say
 from delib.recipe import Recipe
 from delib.records import Example, Manifest, Metric, Prompt, Sample
-from delib.run import Run, StageFolder, disk_error, free_megabytes, key_of, sha256, tensor_error, write_whole
+from delib.run import Run, StageFolder, disk_error, free_megabytes, held, key_of, sha256, tensor_error, write_whole
 from delib.spec import Spec
 from delib.stages import distill, evaluate, filter, generate, prompts, report, rl, sft
 from delib.training import cold_start, processes
@@ -157,6 +158,12 @@ class Pipeline:
             manifest = folder.manifest()
             assert manifest is not None
             return manifest
+        with held(self.run.path) if lead else nullcontext():
+            return self._make(stage, folder, key, lead)
+
+    def _make(self, stage: str, folder: StageFolder, key: str, lead: bool) -> Manifest:
+        if lead and SECTIONS.get(stage, stage) == "sft":
+            weights.resolve(self.recipe.model)  # one process fetches it; one that is not there sets nothing aside
         if lead and folder.begin(key):
             say(f"{stage}: its inputs changed, so it is made anew; the old one is in {folder.path.name}.stale")
         if lead:
@@ -253,9 +260,6 @@ class Pipeline:
         recipe, examples = self.recipe_of(stage), self.run.finished("distill", Example)
         if stage == "cold_start":
             examples = cold_start.examples_of(examples, self._of("prompts", "train"), self.spec)
-        if processes.leads():
-            weights.resolve(recipe.model)  # one process fetches it, the others find it
-        processes.wait(recipe)
         heldout = self._of("prompts", "heldout") if recipe.sft.mix else None
         return sft.run(recipe, examples, weights.resolve(recipe.model), folder, heldout)
 

@@ -178,7 +178,7 @@ class RlSection(Section):
     """Whether advantages are divided by the spread of the group's or batch's rewards. With `none` a group whose rewards
     hardly differ hardly counts, so that the noise of a judge with continuous scores is not blown up."""
     beta: float = Field(default=0.0, ge=0)
-    """Weight of the KL penalty against the SFT model."""
+    """Weight of the KL penalty against the model that RL starts from."""
     lora: LoraSection | None = None
     """A LoRA adapter; null trains the weights themselves."""
     frozen_layers: int = Field(default=0, ge=0)
@@ -362,7 +362,9 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
         return str((base / name).resolve())
 
     def find_model(name: str) -> str:
-        return find(name) if name.startswith((".", "/")) or name.endswith(".gguf") else name
+        if name.startswith((".", "/")) or name.endswith(".gguf") or (base / name / "config.json").is_file():
+            return find(name)
+        return str(Path(name).resolve()) if Path(name, "config.json").is_file() else name
 
     given = recipe.prompts
     prompts = given.model_copy(

@@ -26,7 +26,7 @@ from delib.errors import StageError, UserError
 from delib.models.weights import cache_dir
 from delib.progress import say
 from delib.records import Manifest, Record
-from delib.run import MANIFEST, RECORDS, R, Run, StageFolder, set_aside, sha256, write_whole
+from delib.run import MANIFEST, RECORDS, R, Run, StageFolder, lock_of, set_aside, sha256, write_whole
 from delib.storage import Store
 
 MARK, KEY, WRITER, SPENT, LABELS = "remote", "key", "writer", "spent.json", "labels"
@@ -78,7 +78,7 @@ def _locked(path: Path) -> bool:
     """Whether this process holds the mirror, from now to its end; a lock goes with its process."""
     place = path.resolve()
     if place not in _held:
-        lock = FileLock(place / "lock")
+        lock = lock_of(place)
         try:
             lock.acquire(blocking=False)
         except Timeout:

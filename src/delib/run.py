@@ -11,9 +11,11 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from delib.errors import StageError, UserError
@@ -43,7 +45,7 @@ def key_of(section: Any, seed: int, inputs: dict[str, str]) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is either the old one or the new one, never half. A full disk is a StageError."""
-    scratch = path.with_name(path.name + ".part")
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may write it at once
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_text(text, encoding="utf-8")
@@ -99,11 +101,44 @@ def dump(record: Record) -> str:
     return record.model_dump_json(exclude_none=False)
 
 
-def set_aside(folder: Path) -> None:
-    """Rename a stage's folder to NAME.stale, in place of an earlier one."""
+def lock_of(folder: Path) -> FileLock:
+    """The lock of a run folder: one in a process, which may take it several times. It goes with its process."""
+    place = folder.resolve() / "lock"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(place, thread_local=False, is_singleton=True, fallback_to_soft=False)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A run folder for this process alone: two that write one stage would take away each other's checkpoints. Where the
+    file system knows no locks it goes without. Raises UserError where another one has it."""
+    lock = None
+    try:
+        lock = lock_of(folder)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(
+            f"{folder}: another command works on it, or what a killed one had started does; wait for its end, or end it"
+        ) from None
+    except (NotImplementedError, OSError):
+        lock = None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def set_aside(folder: Path) -> bool:
+    """Rename a stage's folder to NAME.stale, in place of an earlier one; one that was only begun, without a record or a
+    checkpoint, just goes. Returns whether it was kept."""
+    if not any(p.is_dir() or p.name in (RECORDS, MANIFEST) for p in folder.iterdir()):
+        shutil.rmtree(folder)
+        return False
     stale = folder.with_name(folder.name + ".stale")
     shutil.rmtree(stale, ignore_errors=True)
     folder.rename(stale)
+    return True
 
 
 class StageFolder:
@@ -137,10 +172,8 @@ class StageFolder:
         """Open for writing under `key`. Work of another key is set aside; returns whether there was any."""
         self.path.mkdir(parents=True, exist_ok=True)
         mark = self.path / "key"
-        other = mark.exists() and mark.read_text() != key
-        if other:
-            set_aside(self.path)
-            self.path.mkdir()
+        other = mark.exists() and mark.read_text() != key and set_aside(self.path)
+        self.path.mkdir(exist_ok=True)
         (self.path / MANIFEST).unlink(missing_ok=True)
         write_whole(mark, key)
         return other

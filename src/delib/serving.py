@@ -51,7 +51,9 @@ def name_of(model: str) -> str:
     place = Path(model).resolve()
     if not place.exists():
         return model
-    return f"{place.parents[1].name}-{place.parent.name}" if place.name == "checkpoint" else place.stem
+    if place.name == "checkpoint":
+        return f"{place.parents[1].name}-{place.parent.name}"
+    return place.stem if place.is_file() else place.name  # a folder's may hold dots
 
 
 def _check_free(host: str, port: int) -> None:

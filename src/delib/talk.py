@@ -38,7 +38,7 @@ def chat(model: str, max_tokens: int, hide_reasoning: bool = False, system: str 
     async def talk() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's would wait for the line to end
         messages = [] if system is None else [Message(role="system", content=system)]
-        async with opener.any(model, 4096, slots=1) as answering:
+        async with opener.any(model, max(4096, embedded.PROMPT_ROOM + max_tokens), slots=1) as answering:
             while True:
                 try:
                     line = input("you> ")  # nothing else is at work meanwhile
@@ -63,6 +63,8 @@ def chat(model: str, max_tokens: int, hide_reasoning: bool = False, system: str 
 
 def evaluate_file(model: str, prompts: Path, out: Path | None, limit: int | None) -> str:
     """Answer and grade a file of prompts; returns the table, writes figures and rows to `out`."""
+    if out is not None and out.is_dir():
+        raise UserError(f"--json {out}: is a folder; name a file in it")
     recipe = recipe_of(model)
     spec = specs.load(recipes.path_of(recipe.spec))
     opener = Opener(recipe, spec)
@@ -77,9 +79,10 @@ def evaluate_file(model: str, prompts: Path, out: Path | None, limit: int | None
             yield [judge]
 
     place = out or Path(prompts.name)
-    work = StageFolder(place.with_name(f"{place.name}.{Path(model).name}.work"))
     inputs = {"model": identity, "prompts": sources.identity(prompts)}
-    work.begin(key_of([recipe.evaluate.model_dump(), limit], 0, inputs))
+    key = key_of([recipe.evaluate.model_dump(), limit], 0, inputs)
+    work = StageFolder(place.with_name(f"{place.name}.{key[:12]}.work"))
+    work.begin(key)
     answering = partial(
         evaluate.working,
         partial(opener.any, model, embedded.PROMPT_ROOM + recipe.evaluate.max_tokens),
@@ -111,7 +114,7 @@ def evaluate_file(model: str, prompts: Path, out: Path | None, limit: int | None
             ],
         }
         write_whole(out, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
-    shutil.rmtree(work.path)
+    shutil.rmtree(work.path, ignore_errors=True)
     by_category = [m for m in found if m.by and "category" in m.by and m.name in HEADLINE]
     several = len({m.by["category"] for m in by_category if m.by}) > 1
     return table([m for m in found if m.by is None] + (by_category if several else []))

@@ -276,7 +276,8 @@ def save(
     scratch = target.with_name(target.name + ".part")
     shutil.rmtree(scratch, ignore_errors=True)
     if hasattr(model, "peft_config"):
-        model.save_pretrained(scratch / ADAPTER, state_dict=state)
+        # Not the copy that TRL's KL penalty holds it to.
+        model.save_pretrained(scratch / ADAPTER, state_dict=state, selected_adapters=["default"])
         model, state = beside(base, scratch / ADAPTER, dtype or "auto").merge_and_unload(), None
         dtype = None
     if state is not None:

@@ -71,6 +71,8 @@ def problems(recipe: Recipe) -> list[str]:
         found.append(
             "rl.rollouts: llamacpp takes whole weights, no adapter; set it to transformers, or rl.lora to null"
         )
+    if section.lora is not None and section.lora.dropout:
+        found.append("rl.lora.dropout: the judge would reward what other units write than are measured; set it to 0")
     return found + fitting.layers(recipe, "rl", section) + fitting.rollouts(recipe)
 
 
@@ -253,7 +255,7 @@ def _rollout(
 
 
 def without_variance(made: list[Sample], size: int) -> list[int]:
-    """The groups that teach nothing: no two of their rewards differ (1e-8 is TRL's measure). TRL's own share of them,
+    """The groups whose rewards teach nothing: no two of them differ (1e-8 is TRL's measure). TRL's own share of them,
     `frac_reward_zero_std`, leaves out groups with fewer than two rewards, and is about the whole step where
     `scale_rewards` is batch."""
     rewards: dict[int, list[float]] = {}
@@ -291,6 +293,7 @@ def _manifest(recipe: Recipe, reward: Reward, state: Any, prompts: int, last: Pa
                 "completion_tokens": h["completions/mean_length"],
             }
             | ({"importance": h[IMPORTANCE]} if h.get(IMPORTANCE) is not None else {})
+            | ({"kl": h["kl"]} if h.get("kl") is not None else {})
             | {"monitor": {k: v for k, v in watched.get(h["step"] - 1, {}).items() if k != "step"}}
             for h in history
         ],
